@@ -1,44 +1,47 @@
 #!/usr/bin/env python3
-"""ddpm.py: a class-conditional diffusion model that writes handwritten digits, in one file to be read from top to bottom.
+"""ddpm.py: a class-conditional diffusion model that draws handwritten digits, in one file to read from top to bottom.
 
-The idea, in five sentences. Take a picture and add a little Gaussian noise to it, again and again, T times: what is left
-is pure noise. One such step is so small that it can be undone, if only one knows which noise was added. So a neural
-network is trained to look at a noisy picture and to predict the noise that is in it. To draw a new picture, start from
-pure noise and take away a little of the predicted noise, again and again, T times. Tell the network which digit it is
-looking at while it learns, and it will draw the digit that you ask for.
+The idea, in five sentences. Take an image and add a little Gaussian noise to it, again and again, T times: what is left
+is pure noise. Train a neural network to look at such a noisy image and to predict all the noise that is in it. Removing
+all of that at once would give a blur, the average of every image it could have been. So, to draw a new image, start
+from pure noise, remove a little of the predicted noise, look again, and repeat. Tell the network, while it learns,
+which digit it is looking at, and it will draw the digit that you ask for.
 
-The four equations (numbers as in Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239):
+The four equations, with their numbers in Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv
+2006.11239). The class y is an addition to that paper; so is DDIM, the faster sampler that is used by default.
 
-    Eq. 4    q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I)               t steps of noise at once                     section 2
-    Eq. 14   L_simple     = E ‖ε - ε_θ(x_t, t, y)‖²                what the network learns                      section 4
-    Eq. 15   x̂_0          = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the picture that it sees in the noise        section 5
-    Eq. 6    x_{t-1}      ~ N(μ̃_t(x_t, x̂_0), β̃_t I)              one step back, from noise towards a picture  section 5
+    Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                         section 2
+    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                          section 4
+    Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image that a prediction implies        section 5
+    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 in place of x_0          section 5
 
 The names:
 
-    paper      here                   meaning
-    T, t       T, t                   number of noising steps; which of them. The code counts t = 0..T-1, the paper 1..T:
-                                      index t here is the paper's t+1, and "x_{t-1}" of t = 0 is the clean picture x_0
-    β_t        betas                  variance of the noise that step t adds                        (T,)
-    α_t        alphas                 1 - β_t, what is left of the variance of the picture          (T,)
-    ᾱ_t        alphas_cumprod         α_1 α_2 ... α_t, what t steps leave of it                     (T,)
-    ᾱ_{t-1}    alphas_cumprod_prev    the same, one step earlier; before the first step it is 1
-    x_0, x_t   x_0, x_t               clean picture, in [-1, 1]; the same after t steps of noise    (B, C, H, W)
-    ε, ε_θ     eps, eps_hat           the noise that was added; what the network takes it for       (B, C, H, W)
-    x̂_0        x_0_hat                the clean picture that eps_hat implies                        (B, C, H, W)
-    y          y                      class of each picture, 0..9; one more number says "none"      (B,)
+    paper     here                          meaning
+    T, t      T, t                          number of noising steps; the index of one
+    β_t       betas; beta                   variance of the noise that step t adds          (T,); a float in the sampler
+    α_t       alpha                         1 - β_t, the share of the variance that is kept
+    ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); a float in the sampler
+    ᾱ_{t-1}   alpha_bar_prev                the same one step earlier; 1 for the clean image
+    x_0, x_t  x_0, x_t                      clean image, in [-1, 1]; noisy image              (B, C, H, W)
+    ε, ε_θ    eps, eps_hat                  the noise in x_t; the network's prediction of it  (B, C, H, W)
+    x̂_0       x_0_hat                       the clean image that eps_hat implies              (B, C, H, W)
+    σ_t       sigma                         standard deviation of the noise that a sampling step adds
+    y         y                             class of each image; the number after the last class means "no class"  (B,)
 
-    In shapes, B is the batch, C the channels, H and W height and width, E the width of an embedding; comments show the
-    shapes of 28x28 grey pictures and of the default channels 32, 64, 128, 256.
+    The paper counts t = 1..T, the code t = 0..T-1: alphas_cumprod[0] is the paper's ᾱ_1, one step of noise. The clean
+    image comes before t = 0. In shapes, B is the batch, C the channels, H and W height and width, D the width of an
+    embedding. Comments give the shapes of 28x28 grey images and of the default channels 32, 64, 128, 256.
 
 Commands (each has --help):
 
-    python ddpm.py sample --label 3            draw threes with the trained weights in assets/
-    python ddpm.py sample --label 2 0 2 6      write a number
-    python ddpm.py train                       train on MNIST, into runs/mnist
-    python ddpm.py shapes                      the network as a table
+    python ddpm.py sample --label 3                                            draw threes
+    python ddpm.py sample --label 2 0 2 6 --count 5                            write a number, five times
+    python ddpm.py sample --like four.jpg --like-label 4 --label 0 1 2 3       write in somebody's hand
+    python ddpm.py train                                                       train on MNIST, into runs/mnist
+    python ddpm.py shapes                                                      the network as a table
 
-From Python: model = ddpm.load_model(); ddpm.generate_number(model, label=5) gives a PIL image.
+From Python, model = ddpm.load_model() and then ddpm.generate_number(model, label=5) gives a PIL image.
 """
 
 import argparse
@@ -59,39 +62,42 @@ from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The message says what is wrong and what to do; main prints just that."""
+
 
 # ======================================================================================================================
 # 1. The noise schedule
 # ======================================================================================================================
 #
-# Noise is added in T small steps. Step t shrinks the picture a little and adds Gaussian noise of variance β_t:
+# Noise is added in T small steps. Step t shrinks the image a little and adds Gaussian noise of variance β_t:
 #
 #     Eq. 2:  q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)
 #
-# The factor √(1-β_t) keeps the total variance where it was: if x_{t-1} has variance 1, x_t has (1-β_t) + β_t = 1.
-# The network therefore always sees inputs of the same size.
+# The factor √(1-β_t) keeps the total variance where it was: if x_{t-1} has variance 1, x_t has (1-β_t) + β_t = 1. So
+# the network's input has about the same scale at every t.
 #
 # Why must β be small? Because only then is the *reverse* of a step, from x_t to x_{t-1}, close to a Gaussian too, and a
-# Gaussian is all that the sampler of section 5 can draw from. Big steps backwards would have to choose between
-# different pictures; small ones only have to nudge.
+# Gaussian is all that Algorithm 2 (section 5) can sample from. A big step backwards would have to choose between
+# different images; a small one only has to nudge.
 #
-# What the schedule has to achieve is best seen in ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t: the share of the picture's
-# variance that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. At the end,
-# √ᾱ_T must be close to 0, since sampling starts from pure noise: whatever signal x_T still held in training would be
-# missing there. With the linear schedule √ᾱ_T is 0.006.
+# What a schedule must achieve is best seen in ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t: the share of the image's
+# variance that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. At the end √ᾱ_T
+# must be close to 0, because sampling starts from pure noise: any signal that x_T still held during training would be
+# missing there. With the linear schedule and T = 1000, √ᾱ_T is 0.006.
 
 
 def beta_schedule(schedule, timesteps):
     """The variance of the noise that each step adds.
 
-    schedule is "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17).
-    timesteps is T, at least 1. Returns betas (T,) in float64, each in (0, 0.999]. Raises ValueError for another name.
-
-    Why float64: ᾱ is a product of T factors just below 1, and near t = 0 what counts is 1-ᾱ, a difference of almost
-    equal numbers. On T numbers the precision costs nothing. (The network itself works in float32.)
+    schedule is "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17);
+    timesteps is T >= 1, of which "linear" wants at least 20. Returns betas (T,) in float64, each in (0, 0.999]: on T
+    numbers the precision costs nothing, and the sampler's arithmetic stays exact. Raises UserError for another name.
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 when T is 1000. Fewer steps have to be bigger ones, or signal would be left in x_T.
@@ -99,19 +105,19 @@ def beta_schedule(schedule, timesteps):
         betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + s) / (1 + s) · π/2),  s = 0.008,  and β_t = 1 - ᾱ_t / ᾱ_{t-1}.
-        # ᾱ falls more evenly than with the linear schedule, which destroys small pictures sooner than necessary. The
-        # offset s keeps the first β from being too small to be of use.
+        # ᾱ falls more evenly than with the linear schedule, whose last steps see hardly anything but noise. The offset
+        # s keeps the noise of the first steps from being so tiny that it cannot be predicted.
         s = 0.008
         t = torch.arange(timesteps + 1, dtype=torch.float64)
         f = torch.cos((t / timesteps + s) / (1 + s) * math.pi / 2) ** 2  # (T+1,)
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
-        raise ValueError(f"no schedule is called {schedule!r}: choose linear or cosine")
-    return betas.clamp(max=0.999)  # at β = 1 nothing of the picture would be left, and sampling would divide by zero
+        raise UserError(f"no schedule is called {schedule!r}: choose linear or cosine")
+    return betas.clamp(max=0.999)  # at β = 1 nothing of the image would be left, and sampling would divide by zero
 
 
 # ======================================================================================================================
-# 2. The forward process: from picture to noise
+# 2. The forward process: from image to noise
 # ======================================================================================================================
 #
 # To train the network at step t, one needs x_t. Going there step by step would take t draws of noise. But a sum of
@@ -120,17 +126,17 @@ def beta_schedule(schedule, timesteps):
 #     x_2 = √α_2 x_1 + √β_2 ε_2 = √α_2 (√α_1 x_0 + √β_1 ε_1) + √β_2 ε_2 = √(α_2 α_1) x_0 + √(α_2 β_1) ε_1 + √β_2 ε_2
 #
 # The variances of the two noises add up to α_2 β_1 + β_2 = α_2 (1-α_1) + (1-α_2) = 1 - α_2 α_1. So one draw with that
-# variance does the same; and so on for t steps, with ᾱ_t in place of α_2 α_1. That makes training cheap: any t, at once.
+# variance does the same; and so on for t steps, with ᾱ_t in place of α_2 α_1. Training at any t is cheap.
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
-    """Noises clean pictures to step t (Ho et al. 2020, Eq. 4).
+    """Adds t steps of noise to clean images at once: a draw from q(x_t | x_0) (Ho et al. 2020, Eq. 4).
 
     x_0 (B, C, H, W) in [-1, 1]; t (B,) integers in 0..T-1; eps like x_0, standard normal; alphas_cumprod (T,), on the
     device of t. Returns x_t, like x_0.
     """
-    alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1): each picture has its own t
-    # Eq. 4: q(x_t | x_0) = N(√ᾱ_t x_0, (1-ᾱ_t) I)
+    alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1): each image has its own t
+    # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
 
 
@@ -138,10 +144,10 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 # 3. The network: a U-Net that predicts the noise
 # ======================================================================================================================
 #
-# Input: a noisy picture, the step t, the class y. Output: the noise in it, as large as the picture. The network needs
-# both the overall shape (is this going to be a three?) and every single pixel. A U-Net has a path for each: downwards
-# it halves the picture while it doubles the channels, to see the whole; upwards it comes back to full size; and at each
-# size a skip connection hands the details across.
+# Input: a noisy image, the step t, the class y. Output: the noise in it, of the same shape. For that the network needs
+# both the whole (is this going to be a three?) and every single pixel. A U-Net has a path for each: on the way down it
+# halves the image while it doubles the channels, to see the whole; on the way up it comes back to full size; and at
+# each size a skip connection hands the details across.
 #
 #     x_t (1, 28, 28)                                                             eps_hat (1, 28, 28)
 #         │ conv_in                                                                     ▲ conv_out
@@ -155,15 +161,16 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         │                                                                             ▲
 #         └──────────── middle_in (residual) ── attention ── middle_out (residual) ─────┘
 #
-# Time and class enter each residual block; without them the same x_t could mean different noise. Groups of channels are
-# normalised picture by picture (GroupNorm), never over the batch: a batch mixes pictures with little and with much
-# noise, whose common statistics would mean nothing.
+# Time and class enter every residual block: what counts as noise in x_t depends on both. Channels are normalized in
+# groups, image by image (GroupNorm), and not over the batch: a batch mixes images with little and with much noise, and
+# its statistics would depend on which t happen to be in it. Between the layers stands SiLU, x · sigmoid(x), a smooth
+# relative of ReLU.
 
 
 def timestep_embedding(t, dim):
     """Sinusoidal embedding of the step (Vaswani et al. 2017, section 3.5; used for t by Ho et al. 2020).
 
-    t (B,); dim is even. Returns (B, dim), values in [-1, 1]. It works as the hands of a clock do: fast frequencies tell
+    t (B,); dim is even. Returns (B, dim), values in [-1, 1]. It works like the hands of a clock: fast frequencies tell
     neighbouring steps apart, slow ones say whether it is early or late. A bare number t would do both badly.
     """
     half = dim // 2
@@ -175,8 +182,8 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    The last layer of each residual branch begins like this: the branch adds nothing at first, so that the untrained
-    network passes its input straight through, however deep it is, and each branch grows in as far as it helps.
+    The last layer of each residual branch begins like this, so that every block begins as its shortcut and grows in as
+    far as it helps. So does conv_out: the first prediction is 0, and the first loss 1, the variance of the noise.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -184,19 +191,18 @@ def zero_init(layer):
 
 
 def group_norm(channels):
-    """Eight groups, or as many as divide the channels."""
+    """Group normalization in eight groups, or in the largest of 4, 2 and 1 that divides the channels."""
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around which the input is added back (a residual), told of time and class in between.
+    """Two convolutions whose result is added to their input; time and class act between the two.
 
-    One nn.Linear projects the time, another the class, each to a scale and a shift for every channel: the adaptive
+    One nn.Linear projects the time, another one the class, each to a scale and a shift for every channel: the adaptive
     group norm of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). "At this noise level, for this digit, turn this
-    feature up and that one off." Applied to the (B, E) embedding, nn.Linear is a 1x1 convolution whose picture is one
-    pixel; its result is spread over all H x W positions.
+    feature up and that one off."
 
-    forward: x (B, in_channels, H, W), t_emb (B, E), y_emb (B, E) -> (B, out_channels, H, W).
+    forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
 
     def __init__(self, in_channels, out_channels, emb_dim):
@@ -207,23 +213,23 @@ class ResBlock(nn.Module):
         self.class_proj = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = group_norm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        # Only pictures with equally many channels can be added, so where their number changes, a 1x1 convolution adapts it.
+        # Where the number of channels changes, a 1x1 convolution adapts x, so that it can still be added.
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, t_emb, y_emb):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
         scale_shift = self.time_proj(t_emb) + self.class_proj(y_emb)  # (B, 2·out)
         scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each (B, out, 1, 1)
-        h = self.norm2(h) * (1 + scale) + shift
+        h = self.norm2(h) * (1 + scale) + shift  # 1 + scale, so that 0 means no change
         h = self.conv2(F.silu(h))
         return self.shortcut(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention: every position looks at every other one, and takes over what it finds there (Vaswani et al. 2017).
+    """Self-attention: every position looks at all the others and gathers what it finds there (Vaswani et al. 2017).
 
-    A 3x3 convolution sees its neighbours only. Here, at the bottom, where the picture is 4x4, sixteen positions can
-    agree in one step on what the whole is to become; at 28x28 the same would take 784² comparisons.
+    A 3x3 convolution sees its neighbours only. Here at the bottom, where the image is 4x4, sixteen positions can agree
+    in one step on what the whole is to become; at 28x28 the same would take 784² comparisons.
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -246,26 +252,23 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """The noise prediction ε_θ(x_t, t, y).
 
-    config is a dictionary of plain values: "channels" (one number for each size of the picture), "image_channels",
-    "image_size", "classes" (their names). It stays with the model as model.config, together with the "schedule" and the
-    "timesteps" that the model is trained for, and goes into every checkpoint: a checkpoint says itself how to rebuild it.
-    Raises ValueError when the picture cannot be halved as often as there are channels.
+    config is a dictionary of plain values: "channels" (one number for each size of the image), "image_channels",
+    "image_size" and "classes" (their names). It stays with the model as model.config, together with the "schedule" and
+    the "timesteps" that the model is trained for, and goes into every checkpoint: each says itself how to rebuild it.
+    Raises UserError when the image is too small to be halved as often as there are channels.
 
     forward: x_t (B, C, H, W), t (B,) in 0..T-1, y (B,) in 0..num_classes -> eps_hat (B, C, H, W).
-    Class number num_classes means "no class": one more row in the embedding, learned like the others.
+    Class number num_classes means "no class": one more row of the embedding, learned like the others.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.num_classes = len(config["classes"])
-        channels = config["channels"]
-        if config["image_size"] <= 2 ** (len(channels) - 2):
-            raise ValueError(
-                f"{len(channels)} channels halve the picture {len(channels) - 1} times, which {config['image_size']} pixels"
-                " do not allow: give fewer"
-            )
-        self.emb_dim = emb_dim = 4 * channels[0]  # E = 128
+        channels, image_size = config["channels"], config["image_size"]
+        if image_size <= 2 ** (len(channels) - 1):
+            raise UserError(f"{image_size} pixels cannot be halved {len(channels) - 1} times: give fewer --channels")
+        self.emb_dim = emb_dim = 4 * channels[0]  # D = 128
         self.time_mlp = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
         self.class_emb = nn.Embedding(self.num_classes + 1, emb_dim)
 
@@ -282,8 +285,8 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(channels[0], config["image_channels"], 3, padding=1))
 
     def forward(self, x_t, t, y):
-        t_emb = self.time_mlp(timestep_embedding(t, self.emb_dim))  # (B, E)
-        y_emb = self.class_emb(y)  # (B, E)
+        t_emb = self.time_mlp(timestep_embedding(t, self.emb_dim))  # (B, D)
+        y_emb = self.class_emb(y)  # (B, D)
 
         h = self.conv_in(x_t)  # (B, 32, 28, 28)
         skips = []
@@ -299,11 +302,11 @@ class UNet(nn.Module):
 
         for level in reversed(range(len(self.decoder))):
             h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4), (B, 256, 7, 7), (B, 128, 14, 14), (B, 64, 28, 28)
-            h = self.decoder[level](h, t_emb, y_emb)  # half as many channels
+            h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4), (B, 128, 7, 7), (B, 64, 14, 14), (B, 32, 28, 28)
             if level > 0:
-                # Channels first, then size: a 1x1 convolution on the small picture costs a quarter of one on the large.
-                # The size is taken from the skip, since 4 doubled would be 8 where 7 is wanted.
-                h = self.upsample[level - 1](h)
+                # A 1x1 convolution and the copying of pixels give the same in either order; on the small image the
+                # convolution is cheaper. The size comes from the skip, since 4 doubled would be 8 where 7 is wanted.
+                h = self.upsample[level - 1](h)  # (B, 128, 4, 4), (B, 64, 7, 7), (B, 32, 14, 14)
                 h = F.interpolate(h, size=skips[level - 1].shape[2:], mode="nearest")
 
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, 28, 28)
@@ -313,78 +316,78 @@ class UNet(nn.Module):
 # 4. The training objective (Algorithm 1)
 # ======================================================================================================================
 #
-# A diffusion model is trained on a bound of the likelihood, and that bound turns out to be a sum over t of weighted
-# squared errors between the noise and its prediction (Eq. 12). Ho et al. drop the weights: the simple loss cares less
-# about the tiny noise of the first steps and more about the difficult middle, and its pictures are better. One picture
-# at a random t is an unbiased sample of the sum:
+# A diffusion model is trained on a bound of the likelihood. With fixed variances, each term of the bound turns out to
+# be a weighted squared error between the noise and its prediction (Eq. 12 is the term of one t). Ho et al. drop the
+# weights, which are large for the first, tiny noise: the simple loss cares more about larger t, where there is more to
+# decide, and its images are better. One t drawn at random for each image gives the mean over all t on average:
 #
-#     Algorithm 1:  repeat   x_0 ~ q(x_0),  t ~ Uniform,  ε ~ N(0, I)
-#                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t)‖²
+#     Algorithm 1:  repeat   x_0 from the data,  t ~ Uniform,  ε ~ N(0, I)
+#                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
-# Why are labels sometimes dropped? With the class replaced by "no class" in a tenth of the pictures, one network learns
+# Why predict ε and not x_0? Either follows from the other by Eq. 4. But ε has the same scale at every t, and Ho et al.
+# measured better images with it.
+#
+# Why are labels sometimes dropped? With the class replaced by "no class" for a tenth of the images, one network learns
 # two predictions: for a given digit, and for digits in general. Section 5 needs their difference to make a digit more
-# like the one asked for (Ho & Salimans 2022, arXiv 2207.12598, Algorithm 1). It belongs to the loss, not to the
-# network: sampling must never drop a label.
+# like the one asked for (Ho & Salimans 2022, arXiv 2207.12598, Algorithm 1). Labels are dropped here, in the loss, and
+# not inside the network: sampling must never drop one.
 
 
 def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1):
     """The loss of one batch, L_simple (Ho et al. 2020, Eq. 14).
 
     x_0 (B, C, H, W) in [-1, 1]; y (B,) classes; alphas_cumprod (T,) in float32; class_dropout in [0, 1] is the share of
-    labels that are replaced by "no class". Returns a scalar: the mean over all pixels, 1 for a network that says 0.
+    labels that are replaced by "no class". Returns a scalar: the mean over all pixels, 1 for a network that predicts 0.
     """
-    B, T = len(x_0), len(alphas_cumprod)
-    no_class = len(model.config["classes"])
-    t = torch.randint(T, (B,), device=x_0.device)  # uniform over 0..T-1
+    B, T, device = len(x_0), len(alphas_cumprod), x_0.device
+    t = torch.randint(T, (B,), device=device)  # uniform over 0..T-1
     eps = torch.randn_like(x_0)
-    drop = torch.rand(B, device=x_0.device) < class_dropout
-    y = torch.where(drop, no_class, y)
+    drop = torch.rand(B, device=device) < class_dropout
+    y = torch.where(drop, len(model.config["classes"]), y)
     x_t = q_sample(x_0, t, eps, alphas_cumprod)
-    # GPUs with bfloat16 in hardware convolve twice as fast in it. The error is taken in float32, where sums do not round.
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bfloat16(x_0.device)):
+    # CUDA GPUs from compute capability 8.0 (Ampere) on have bfloat16 in hardware and convolve faster in it. The error
+    # is taken in float32 all the same: bfloat16 keeps less than three digits.
+    bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
         eps_hat = model(x_t, t, y)
-    # Eq. 14: L_simple = E ‖ε - ε_θ(x_t, t, y)‖²
+    # Eq. 14, divided by the number of pixels: L_simple = E ‖ε - ε_θ(x_t, t, y)‖²
     return F.mse_loss(eps, eps_hat.float())
 
 
-def has_bfloat16(device):
-    """Whether the device calculates in bfloat16 natively: CUDA GPUs from compute capability 8.0 (Ampere) on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 # ======================================================================================================================
-# 5. Sampling: from noise to picture
+# 5. Sampling: from noise to image
 # ======================================================================================================================
 #
-# Everything runs through x̂_0. If the network says that the noise in x_t is ε_θ, then Eq. 4, solved for x_0, says which
-# clean picture that implies (Eq. 15). At large t this picture is a blur, the mean of everything that x_t could become.
-# So do not jump there: take one step towards it, ask again, and the blur gets sharper from step to step.
+# Everything goes through x̂_0. If the network says that the noise in x_t is ε_θ, then Eq. 4, solved for x_0, says which
+# clean image that implies (Eq. 15). At large t this image is a blur, the mean of everything that x_t could become. So
+# do not jump there: take one step towards it, ask again, and the blur gets sharper from step to step.
 #
-# How far to step, and how much fresh noise to add? Two rules follow, and the loop below can use either.
+# How far to step, and how much fresh noise to add? Here are two rules, and the loop below can use either.
 #
-# Ho's rule. If x_0 were known, then x_{t-1} given x_t would be a Gaussian that Bayes' theorem gives exactly, q(x_{t-1} |
-# x_t, x_0) (Eq. 6 and 7). It is not known, so x̂_0 takes its place. The mean then equals Eq. 11 of the paper, which says
-# the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t. This is Algorithm 2 of the paper: T steps, noise in each
-# but the last.
+# Ho's rule. If x_0 were known, then x_{t-1} given x_t would be a Gaussian, q(x_{t-1} | x_t, x_0), that Bayes' theorem
+# gives exactly (Eq. 6 and 7). It is not known, so x̂_0 takes its place. As long as x̂_0 is not clipped, the mean then
+# equals Eq. 11 of the paper, which says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t. This is Algorithm 2:
+# T steps, with fresh noise in each but the last. Of the two variances that the paper tries, this is β̃_t.
 #
 # Song's rule (DDIM, arXiv 2010.02502). Training only ever looked at q(x_t | x_0), never at how one gets from x_t to
-# x_{t-1}. So any rule that keeps each x_t at its noise level is allowed: take x̂_0 and noise it again to the earlier
-# level, with a share of fresh noise (η = 1) or with exactly the predicted noise and no chance at all (η = 0). Without
-# chance, the way from noise to picture is so smooth that 50 steps do instead of 1000. At η = 1 this is Ho's rule again.
+# x_{t-1}. So any rule is allowed that keeps each x_t at its noise level: take x̂_0 and noise it again to the earlier
+# level, with fresh noise scaled by η and the predicted noise for the rest. With η = 1 it is Ho's rule again, written
+# differently. With η = 0 there is no chance at all, and 50 steps do instead of 1000: section 1 wanted small steps so
+# that each is a Gaussian, but a step without chance needs only a path that bends little.
 
 
 def posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Mean and standard deviation of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 6 and 7).
 
-    x_0_hat and x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t and ᾱ_{t-1}, floats in (0, 1]. When steps are left
-    out, ᾱ_{t-1} is that of the step one goes to, and α_t the product of the α in between. Returns (mean, sigma).
+    x_0_hat and x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t < 1 and ᾱ_{t-1} > ᾱ_t, floats. When steps are
+    left out, "t-1" is the step one goes to, and α_t the product of the α in between. Returns (mean, sigma).
     """
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
     # Eq. 7: μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
     mean_x_0 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * x_0_hat
     mean_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * x_t
-    # Eq. 7: β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t, which is 0 in the last step: Algorithm 2 adds no noise to the final picture
+    # Eq. 7: β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t. In the last step it is 0: Algorithm 2 adds no noise to the final image.
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
     return mean_x_0 + mean_x_t, math.sqrt(variance)
 
@@ -401,66 +404,77 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
     return mean, sigma
 
 
-# Guidance. Asked for a four, the network predicts noise whose removal leads to digits that look like fours; asked for
-# nothing, to digits. The difference of the two predictions points from "a digit" to "a four", and going further in that
-# direction than the network asks for makes the four more of a four (Ho & Salimans 2022, Eq. 6, where S is 1 + w):
+# Guidance. Asked for a four, the network predicts noise whose removal leads to fours; asked for nothing, to digits. The
+# difference of the two predictions points from "a digit" to "a four", and going further that way than the network asks
+# for makes the four more of a four (Ho & Salimans 2022, Eq. 6, with S = 1 + w):
 #
 #     ε = ε_θ(x_t, t, none) + S (ε_θ(x_t, t, y) - ε_θ(x_t, t, none))
 #
 # S = 0 ignores the class, 1 is the plain conditional prediction, above 1 trades variety for clarity. At the noisiest
-# steps that trade is a bad one, since there guidance drives all samples to the same few shapes, and at the last steps,
-# where the digit has long been decided, it is useless. So it is switched on only in between (Kynkäänniemi et al. 2024,
-# arXiv 2404.07724); there the network has to be asked twice, elsewhere once.
+# steps that is a bad trade, because there it drives all samples to the same few shapes, and in the last steps, where
+# the digit is long decided, it is of no use. So S above 1 applies only in an interval of noise levels (Kynkäänniemi et
+# al. 2024, arXiv 2404.07724; the interval here is our own), and only there does the network have to be asked twice.
 
-STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.5, (0.2, 0.8)  # the defaults of sampling; the interval is in shares of T
+STEPS = 50  # the defaults of sampling
+GUIDANCE = 1.5
+GUIDANCE_INTERVAL = (0.2, 0.8)  # in shares of T
 
 
 def predict_noise(model, x_t, t, y, guidance):
     """The guided prediction: x_t (B, C, H, W), t an integer, y (B,), guidance S >= 0 -> eps_hat (B, C, H, W)."""
-    t = torch.full_like(y, t)
-    none = torch.full_like(y, len(model.config["classes"]))
+    t_batch = torch.full_like(y, t)
     if guidance == 1:
-        return model(x_t, t, y)
-    if guidance == 0:
-        return model(x_t, t, none)
-    both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none]))  # one batch is faster than two
+        return model(x_t, t_batch, y)
+    none = torch.full_like(y, len(model.config["classes"]))
+    both = model(torch.cat([x_t, x_t]), torch.cat([t_batch, t_batch]), torch.cat([y, none]))  # one batch beats two
     eps_cond, eps_uncond = both.chunk(2)
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
-@torch.inference_mode()
-def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL, seeds=None):
-    """Draws one picture for each label: Algorithm 2 (Ho et al. 2020) for eta 1, DDIM (Song et al. 2020) below.
+def trajectory(config, steps):
+    """The steps visited on the way from noise to image: a list of (t, ᾱ_t, ᾱ of the step that comes next).
 
-    labels (N,) integers, a list or a tensor; steps in 1..T is how many of the T steps are visited; eta in [0, 1] is the
-    share of fresh noise; guidance S >= 0 applies where t/T lies in guidance_interval; seeds are N integers (0..N-1 if
-    left out). A picture depends on its own label and seed alone: its noise is drawn on the CPU from a stream of its own,
-    the same in a batch of any size and on any device. Returns x_0 (N, C, H, W) in [-1, 1], on the model's device.
+    They are evenly spaced from T-1, the noisiest, to -1, the clean image, whose ᾱ is 1: 999, 979, ..., 19, -1 for 50
+    steps of T = 1000. More than T steps are as good as T.
+    """
+    T = config["timesteps"]
+    alphas_cumprod = torch.cumprod(1 - beta_schedule(config["schedule"], T), dim=0).tolist()  # T floats
+    visited = torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
+    alpha_bars = [alphas_cumprod[t] for t in visited[:-1]] + [1.0]
+    return list(zip(visited[:-1], alpha_bars[:-1], alpha_bars[1:]))
+
+
+@torch.inference_mode()
+def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
+           seeds=None, x_T=None, on_step=None):
+    """Draws one image for each label: Algorithm 2 (Ho et al. 2020) when eta is 1, DDIM (Song et al. 2020) when less.
+
+    labels (N,) integers, a list or a tensor; steps >= 1 is how many of the T steps are visited; eta in [0, 1] scales
+    the fresh noise; guidance S >= 0, where above 1, applies while t/T lies in guidance_interval; seeds are N integers,
+    0..N-1 if left out. The noise of an image is drawn on the CPU, from a stream that its seed alone determines, so the
+    image is the same, up to rounding, in a batch of any size and on any device. x_T (N, C, H, W), if given, is the
+    noise to start from; on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W) in [-1, 1].
     """
     device = next(model.parameters()).device
-    config, T = model.config, model.config["timesteps"]
-    alphas_cumprod = torch.cumprod(1 - beta_schedule(config["schedule"], T), dim=0).tolist()  # T floats
+    T, C, size = (model.config[name] for name in ("timesteps", "image_channels", "image_size"))
     y = torch.as_tensor(labels, device=device)
     streams = [torch.Generator().manual_seed(seed) for seed in (range(len(y)) if seeds is None else seeds)]
-    image_shape = (config["image_channels"], config["image_size"], config["image_size"])
 
     def standard_normal():
-        return torch.stack([torch.randn(image_shape, generator=stream) for stream in streams]).to(device)
+        return torch.stack([torch.randn(C, size, size, generator=stream) for stream in streams]).to(device)
 
-    # The steps to visit, evenly spaced. They start at T-1, where x_T is pure noise, and end at -1: the clean picture.
-    visited = torch.linspace(T - 1, -1, steps + 1).round().int().tolist()  # T = 1000, 50 steps: 999, 979, ..., 19, -1
-    x_t = standard_normal()
-    for t, t_prev in zip(visited[:-1], visited[1:]):
-        alpha_bar = alphas_cumprod[t]
-        alpha_bar_prev = alphas_cumprod[t_prev] if t_prev >= 0 else 1.0
-        guided = guidance_interval[0] <= t / T <= guidance_interval[1]
-        eps_hat = predict_noise(model, x_t, t, y, guidance if guided else 1)
+    x_t = standard_normal() if x_T is None else x_T
+    for t, alpha_bar, alpha_bar_prev in trajectory(model.config, steps):
+        inside = guidance_interval[0] <= t / T <= guidance_interval[1]
+        eps_hat = predict_noise(model, x_t, t, y, guidance if inside else min(guidance, 1))
         # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
         x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
-        # No picture lies outside [-1, 1]. At large t, where Eq. 15 divides by almost 0, the estimate often does, and
-        # the error would grow from step to step. Once it is clipped, the noise that goes with it is another: Eq. 4.
+        # No image lies outside [-1, 1]. At large t, where Eq. 15 divides by almost 0, the estimate often does, and the
+        # error can grow from step to step. Clipping x̂_0 changes the noise that it implies: Eq. 4, solved for ε.
         x_0_hat = x_0_hat.clamp(-1, 1)
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
+        if on_step:
+            on_step(x_t, x_0_hat)
         if eta == 1:
             mean, sigma = posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
         else:
@@ -469,29 +483,54 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
     return x_t
 
 
+# The loop backwards. With η = 0 there is no chance on the way from noise to image, so it can be walked in the other
+# direction too: to the noise that becomes a given image (Song et al. 2020, section 4.3). That noise holds what the
+# class does not say: slant, weight and width of the stroke. Sampled with another label, it gives another digit in the
+# same hand.
+
+
+@torch.inference_mode()
+def invert(model, x_0, labels, steps=STEPS):
+    """The noise x_T from which sample(model, labels, steps, guidance=1, x_T=x_T) comes back to x_0, nearly.
+
+    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show. Returns x_T, like x_0.
+    """
+    y = torch.as_tensor(labels, device=x_0.device)
+    x_t = x_0
+    for t, alpha_bar, alpha_bar_prev in reversed(trajectory(model.config, steps)):
+        # Here x_t is still x_{t-1}. The noise in it is nearly that in x_t, which is the best that can be had.
+        eps_hat = predict_noise(model, x_t, t, y, guidance=1)
+        # Eq. 12 with σ_t = 0, solved for x̂_0, then Eq. 4: the same x̂_0 and noise, one step noisier.
+        x_0_hat = (x_t - math.sqrt(1 - alpha_bar_prev) * eps_hat) / math.sqrt(alpha_bar_prev)
+        x_t = math.sqrt(alpha_bar) * x_0_hat + math.sqrt(1 - alpha_bar) * eps_hat
+    return x_t
+
+
 # ======================================================================================================================
-# 6. Data, checkpoints, pictures
+# 6. Data, checkpoints, images
 # ======================================================================================================================
 #
-# What the model never has to know about: files.
-
-
-class UserError(Exception):
-    """Something that the user can put right. The message says what is wrong and what to do; main prints it as one line."""
-
-
-# --- Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero as the noise is:
-# then x_t has about the same size at every t, and "no picture lies outside [-1, 1]" gives the sampler its clipping.
-# The whole set stays on the device as bytes (MNIST: 47 MB), and a batch is an index away: there is no loader to wait for.
+# Everything that touches files.
+#
+# Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero as the noise is. The
+# whole set stays on the device as bytes (MNIST: 47 MB), and a batch is an index away: there is no loader to wait for.
 
 IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-DIGITS = list("0123456789")
-CLOTHES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-THINGS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-DATASETS = {  # name: (its torchvision class, picture shape, class names, folder and files to put there by hand)
-    "mnist": ("MNIST", (1, 28, 28), DIGITS, "MNIST/raw", f"the four files {IDX_FILES}"),
-    "fashion-mnist": ("FashionMNIST", (1, 28, 28), CLOTHES, "FashionMNIST/raw", f"the four files {IDX_FILES}"),
-    "cifar10": ("CIFAR10", (3, 32, 32), THINGS, ".", "cifar-10-python.tar.gz"),
+DATASETS = {  # name: torchvision's class; what to put where by hand; the configuration of a model for it
+    "mnist": (
+        torchvision.datasets.MNIST, f"the four files {IDX_FILES} into {{}}/MNIST/raw",
+        {"image_channels": 1, "image_size": 28, "classes": "0 1 2 3 4 5 6 7 8 9".split()},
+    ),
+    "fashion-mnist": (
+        torchvision.datasets.FashionMNIST, f"the four files {IDX_FILES} into {{}}/FashionMNIST/raw",
+        {"image_channels": 1, "image_size": 28, "classes": ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal",
+                                                            "shirt", "sneaker", "bag", "ankle boot"]},
+    ),
+    "cifar10": (
+        torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz into {}",
+        {"image_channels": 3, "image_size": 32, "classes": ["airplane", "automobile", "bird", "cat", "deer", "dog",
+                                                            "frog", "horse", "ship", "truck"]},
+    ),
 }
 
 
@@ -500,39 +539,36 @@ def load_dataset(name, data_dir, train=True):
 
     Returns images (N, C, H, W) uint8 and labels (N,) int64, on the CPU. Raises UserError when it cannot be had or read.
     """
-    class_name, image_shape, classes, folder, files = DATASETS[name]
-    dataset_class = getattr(torchvision.datasets, class_name)
-    url = getattr(dataset_class, "mirrors", [getattr(dataset_class, "url", None)])[0]
-    by_hand = f"put {files} from {url} into {Path(data_dir, folder)}"
+    dataset_class, by_hand, config = DATASETS[name]
+    url = dataset_class.mirrors[0] if hasattr(dataset_class, "mirrors") else dataset_class.url
+    advice = f"put {by_hand.format(data_dir)}, unpacked from {url}"
     try:
         dataset = dataset_class(data_dir, train=train, download=True)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         # (N, H, W) if grey, (N, H, W, 3) if in colour
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    except (OSError, HTTPException) as error:
-        raise UserError(f"cannot download {name} from {url} ({error}): {by_hand}") from error
-    # A file that is cut short or not what its name says: torchvision lets these through from wherever it stumbles.
-    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    # Besides what a download raises, these are what torchvision's readers stumble over in a damaged file.
+    except (OSError, HTTPException, RuntimeError, ValueError, TypeError, AssertionError, LookupError, EOFError,
+            pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot get or read {name} ({reason}): {by_hand}, in place of what is there") from error
-    if images.shape[1:] != image_shape or len(images) != len(labels) or not 0 < len(images):
-        raise UserError(f"{name} in {data_dir} holds pictures {tuple(images.shape)} for {len(labels)} labels: {by_hand}")
-    if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise UserError(f"{name} in {data_dir} has labels outside 0..{len(classes) - 1}: {by_hand}")
+        raise UserError(f"cannot download or read {name} ({reason}): {advice}") from error
+    expected = (len(labels), config["image_channels"], config["image_size"], config["image_size"])
+    if len(labels) == 0 or images.shape != expected or labels.min() < 0 or labels.max() >= len(config["classes"]):
+        raise UserError(f"{name} in {data_dir}: images {tuple(images.shape)} do not fit {len(labels)} labels: {advice}")
     return images.contiguous(), labels
 
 
-# --- Checkpoints. A run leaves two files. weights.pt is for sampling: the averaged weights (section 7) in half precision
-# and the configuration, so that nothing else is needed to load it. checkpoint.pt is for going on: whatever the next step
-# of training depends on, down to the state of the random number generator. Both hold tensors and plain values only, and
-# are read with weights_only=True: a pickle could run any program.
+# Checkpoints. A run leaves two files. weights.pt is for sampling: the averaged weights (section 7) in half precision
+# and the configuration, so that nothing else is needed to load it. checkpoint.pt is for resuming: whatever the next
+# step of training depends on, down to the state of the random number generator. Both hold tensors and plain values
+# only, and are read with weights_only=True: a pickle could run any program.
 
 FORMAT = 1  # goes into every file; to be raised when its meaning changes
 
 
 def save(contents, path):
-    """Writes a checkpoint to a temporary file beside path, then renames it: at any moment, path is whole or as it was."""
-    buffer = io.BytesIO()
+    """Writes a checkpoint to a temporary file beside path, then renames it: path holds the old file or the new one."""
+    buffer = io.BytesIO()  # torch.save into a file would turn "disk full" into an error of its own
     torch.save({"format": FORMAT, **contents}, buffer)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
@@ -543,46 +579,50 @@ def save(contents, path):
 
 
 def load(path):
-    """Reads what save wrote, onto the CPU. Raises UserError when the file is something else."""
-    if not zipfile.is_zipfile(path):
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
-        raise UserError(f"{path} is not a checkpoint, or it is cut short")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer ddpm.py (format {contents['format']}): update this one")
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint of ddpm.py") from error
+    """Reads what save wrote, onto the CPU. Raises UserError when it is something else, OSError when unreadable."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise UserError(f"{path} is not a checkpoint, or it is cut short")
+        file.seek(0)
+        try:
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+            newer = contents["format"] > FORMAT
+        except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path} is not a checkpoint of ddpm.py") from error
+    if newer:
+        raise UserError(f"{path} was written by a newer ddpm.py: update this one")
     return contents
 
 
 def find_weights():
-    """The newest weights of your own runs, or those that come with this file."""
+    """The path of the newest weights of your own runs, or of those that come with this file."""
     own = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime)
     return own[-1] if own else Path(__file__).parent / "assets" / "mnist.pt"
 
 
 def load_model(path=None, device="cpu"):
-    """The model of a weights.pt, ready for sampling. Without a path: find_weights(). Raises UserError, OSError."""
+    """The model of a weights.pt, ready for sampling; find_weights() says of which if no path is given.
+
+    Raises UserError when the file is something else, OSError when it cannot be read.
+    """
     path = Path(path or find_weights())
     contents = load(path)
     try:
         model = UNet(contents["config"])
         model.load_state_dict(contents["weights"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no weights for the network of this ddpm.py") from error
     return model.to(device).eval().requires_grad_(False)
 
 
-# --- Pictures.
+# Images.
 
 
 def to_image(x, columns=None):
-    """Pictures x (N, C, H, W) in [-1, 1] as one PIL image: a grid of that many columns, as square as can be if left out."""
+    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default a square."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    grid = torchvision.utils.make_grid(x, nrow=columns, padding=2) if len(x) > 1 else x[0]  # (C, height, width)
+    grid = torchvision.utils.make_grid(x, nrow=columns, padding=2) if len(x) > 1 else x[0]
     return torchvision.transforms.functional.to_pil_image(grid)
 
 
@@ -591,21 +631,79 @@ def generate_number(model, label, seed=0):
     return to_image(sample(model, [label], seeds=[seed]))
 
 
+def save_film(frames, path, columns):
+    """Writes the steps of a sampling as a GIF of x_t, about four seconds and then two of the last frame; and beside it,
+    with the suffix .png, ten moments of the first image: x_t above, x_0_hat below.
+
+    frames is a list of (x_t, x_0_hat), each (N, C, H, W), from noise to image; path ends in .gif.
+    """
+    def moments(count):
+        return [frames[round(i)] for i in torch.linspace(0, len(frames) - 1, min(count, len(frames))).tolist()]
+
+    film = [to_image(x_t, columns) for x_t, _ in moments(60)]
+    film = [image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST) for image in film]
+    durations = [4000 // len(film)] * (len(film) - 1) + [2000]  # milliseconds
+    film[0].save(path, save_all=True, append_images=film[1:], duration=durations, loop=0)
+    x_t, x_0_hat = (torch.cat([frame[:1] for frame in kind]) for kind in zip(*moments(10)))
+    to_image(torch.cat([x_t, x_0_hat]), columns=len(x_t)).save(path.with_suffix(".png"))
+
+
+def read_digit(path, size=28):
+    """An image file of one digit, as MNIST would show it: x_0 (1, 1, size, size) in [-1, 1].
+
+    Grey or colour, dark on light or light on dark, evenly lit or not. MNIST's own recipe (LeCun et al. 1998, section
+    III.A): the digit fits into a box of 20x20 pixels, and its centre of mass lies in the middle of 28x28. Raises
+    UserError when the file is not an image, too large, or shows nothing.
+    """
+    try:
+        image = Image.open(path)
+        if image.width * image.height > 50_000_000:
+            raise UserError(f"{path} has {image.width}x{image.height} pixels: make it smaller")
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error})") from error
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
+    image.thumbnail((200, 200))  # enough for a digit, and the mean of many pixels has less noise
+    grey = torchvision.transforms.functional.to_tensor(image)[0]  # (height, width) in [0, 1]
+    # Light mostly falls from one side, so the paper is a plane through the brightness of the margin. Ink is what
+    # differs from the paper, in the direction in which it differs more.
+    rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in grey.shape), indexing="ij")
+    plane = torch.stack([torch.ones_like(grey), rows, columns], dim=-1)  # (height, width, 3)
+    margin = torch.maximum(rows.abs(), columns.abs()) > 0.9
+    ink = grey - plane @ torch.linalg.lstsq(plane[margin], grey[margin, None]).solution[:, 0]
+    ink = ink if ink.max() > -ink.min() else -ink
+    if ink.max() < 0.15:
+        raise UserError(f"{path} shows no digit: nothing in it stands out from its margin")
+    ink = (ink / ink.max() - 0.15).clamp(min=0)  # without the grain of the paper
+    inked = (ink > 0.05).nonzero()
+    (top, left), (bottom, right) = inked.amin(dim=0).tolist(), (inked.amax(dim=0) + 1).tolist()
+    box = ink[None, None, top:bottom, left:right]
+    scale = size * 20 / 28 / max(box.shape[2:])
+    box = F.interpolate(box, [max(1, round(n * scale)) for n in box.shape[2:]], mode="bilinear", antialias=True)[0, 0]
+    box = (box / box[box > 0.3 * box.max()].median()).clamp(0, 1)  # strokes as white as MNIST's, thin ones too
+    x_0 = torch.full((1, 1, size, size), -1.0)
+    y, x = ((box.sum(dim=1 - d) * torch.arange(n)).sum() / box.sum() for d, n in enumerate(box.shape))  # centre of mass
+    top, left = (min(max(0, round(size / 2 - c.item())), size - n) for c, n in zip((y, x), box.shape))
+    x_0[0, 0, top : top + box.shape[0], left : left + box.shape[1]] = box * 2 - 1
+    return x_0
+
+
 # ======================================================================================================================
 # 7. Training
 # ======================================================================================================================
 #
-# Algorithm 1 in a loop, and three old tricks around it.
+# Algorithm 1 in a loop, with three standard tricks.
 #
-# The learning rate rises during the first steps, while Adam's averages of the gradient are still unreliable, and then
-# falls along a half cosine to zero, so that the weights come to rest. It is computed from the number of the step and
-# from nothing else, so a resumed run goes on where the curve was.
+# The learning rate of the optimizer (AdamW) rises during the first steps, while its averages of the gradient are still
+# unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It is computed from the
+# number of the step, so a resumed run goes on where the curve was. (With more --epochs than before, it goes on where
+# the longer curve would have been, which is higher.)
 #
-# Gradients are clipped to length 1: a batch of unlucky noise cannot throw the weights far.
+# Gradients are clipped to length 1, so that one unlucky batch cannot dominate those averages.
 #
-# The weights used for sampling are not the last ones but an exponential moving average (EMA) over the last steps. Single
-# steps jump about, as each saw one batch, one t a picture, one noise; the average does not, and its samples are visibly
-# cleaner. At the start the average is kept short, or it would remember the random weights for a thousand steps.
+# The weights for sampling are an exponential moving average (EMA) of the weights over the last steps. Each step saw one
+# batch, one t an image, one noise, and jumps about accordingly; the average does not. At the start it is kept short,
+# or it would remember the random first weights for thousands of steps.
 
 
 def learning_rate(step, total_steps, peak):
@@ -637,26 +735,30 @@ def train_step(model, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps,
     return loss.detach()
 
 
+# The rest of this section is the life of a run: begin or resume, step, report, save, stop when asked to.
+
 TRAIN_OPTIONS = "dataset epochs batch_size lr timesteps schedule channels class_dropout ema_decay seed".split()
 SAVE_EVERY = 300  # seconds
+DEVICES = ["auto", "cuda", "mps", "cpu"]  # "auto" is the first of the others that is there
 
 
 def choose_device(name):
-    """"auto" is the first of cuda, mps and cpu that is there. Raises UserError when the named one is not."""
+    """The device of that name; one of DEVICES. Raises UserError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device  # the only sure way to find out
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name} is not to be had here: try --device auto") from error
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} is not available: try --device auto") from error
 
 
 def count_parameters(module):
+    """The number of weights in it."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def show(line, last=False):
-    """Progress: one line that is written over again on a terminal; elsewhere only the last state of it is printed."""
+    """Progress: on a terminal, one line that is written over again and again; elsewhere, only the last one."""
     if sys.stdout.isatty():
         print("\r" + line.ljust(79), end="\n" if last else "", flush=True)
     elif last:
@@ -664,16 +766,16 @@ def show(line, last=False):
 
 
 def train(args, saved=None):
-    """The train command: args as main parses them, saved the contents of the checkpoint to go on from. Returns 0, or 130
-    when it was interrupted. Leaves checkpoint.pt, weights.pt, log.csv and a picture for each epoch in args.out.
+    """The train command. args is what main parsed, saved the contents of the checkpoint to go on from, if any.
+
+    Leaves checkpoint.pt, weights.pt, log.csv and sample images in args.out. Returns 0, or 130 if it was told to stop.
     """
     device, out = choose_device(args.device), Path(args.out or f"runs/{args.dataset}")
-    if (out / "checkpoint.pt").exists() and not args.resume:
+    if (out / "checkpoint.pt").exists() and not saved:
         raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
     options = {name: getattr(args, name) for name in TRAIN_OPTIONS}
-    _, (image_channels, image_size, _), classes, _, _ = DATASETS[args.dataset]
     config = {name: options[name] for name in ("dataset", "channels", "schedule", "timesteps")}
-    config |= {"image_channels": image_channels, "image_size": image_size, "classes": classes}
+    config |= DATASETS[args.dataset][2]
 
     torch.manual_seed(args.seed)
     model = UNet(config).to(device)
@@ -690,26 +792,32 @@ def train(args, saved=None):
             loss_sum += saved["loss_sum"]
             if saved["device"] == device.type:  # on another device the run goes on, with other noise
                 rng.set_rng_state(saved["random_state"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{out / 'checkpoint.pt'} is not the checkpoint of such a run") from error
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{out / 'checkpoint.pt'} does not fit this network: choose another --out") from error
 
     images, labels = (tensor.to(device) for tensor in load_dataset(args.dataset, args.data_dir))
     batch_size = min(args.batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size  # what is left over is too few for a batch, and other pictures each time
+    steps_per_epoch = len(images) // batch_size  # the remainder, different images in each epoch, is skipped
     total_steps = args.epochs * steps_per_epoch
     alphas_cumprod = torch.cumprod(1 - beta_schedule(args.schedule, args.timesteps), dim=0).float().to(device)
     network = torch.compile(model) if args.compile else model  # a faster view of the same weights
 
-    # Ctrl-C and kill only leave a note; the loop reads it between two steps, when everything fits together.
+    # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent. A second Ctrl-C
+    # ends the program at once.
     stop = []
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+        signal.signal(number, on_signal)
 
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(images)} pictures of {args.dataset}, {count_parameters(model) / 1e6:.1f}M parameters, on {device}, into {out}")
-    started_at, first_step = time.monotonic(), step
-    saved_at = shown_at = started_at
-    order = None
+    parameters = f"{count_parameters(model) / 1e6:.1f}M parameters"
+    print(f"{len(images)} images of {args.dataset}, {parameters}, on {device}, into {out}", flush=True)
+    first_step, order = step, None
+    started_at = saved_at = shown_at = time.monotonic()
     while step < total_steps:
         epoch, position = divmod(step, steps_per_epoch)
         if position == 0:
@@ -723,108 +831,129 @@ def train(args, saved=None):
         loss_sum += train_step(network, ema, optimizer, x_0, labels[batch], alphas_cumprod, step, total_steps, options)
         step += 1
 
-        end_of_epoch, now = step % steps_per_epoch == 0, time.monotonic()
-        if end_of_epoch or sys.stdout.isatty() and now - shown_at > 0.5:
+        now, end_of_epoch = time.monotonic(), step % steps_per_epoch == 0
+        save_now = end_of_epoch or stop or now - saved_at > SAVE_EVERY
+        if save_now or sys.stdout.isatty() and now - shown_at > 0.5:
             loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
-            shown_at = now = time.monotonic()
-            rate = (step - first_step) * batch_size / (now - started_at)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is {loss} by step {step}; {out} holds the last good state: try a lower --lr")
+            shown_at = time.monotonic()
+            rate = (step - first_step) * batch_size / (shown_at - started_at)
             left = timedelta(seconds=round((total_steps - step) * batch_size / rate))
             line = f"epoch {epoch + 1}/{args.epochs}  step {step}  loss {loss:.4f}  {rate:.0f} images/s  {left} left"
             show(line, last=end_of_epoch)
         if end_of_epoch:
-            history.append([epoch + 1, step, loss, learning_rate(step, total_steps, args.lr), rate])
+            history.append([epoch + 1, step, loss, learning_rate(step - 1, total_steps, args.lr), rate])
             if (epoch + 1) % args.sample_every == 0 or step == total_steps:
                 # Each class five times, from the same noise after every epoch, so that epochs can be compared.
-                grid = sample(ema, list(range(len(classes))) * 5)
-                to_image(grid, columns=len(classes)).save(out / f"samples_{epoch + 1:03d}.png")
-        if end_of_epoch or stop or now - saved_at > SAVE_EVERY:
+                grid = sample(ema, list(range(model.num_classes)) * 5)
+                to_image(grid, columns=model.num_classes).save(out / f"samples_{epoch + 1:03d}.png")
+        if save_now:
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"step": step, "history": history, "loss_sum": loss_sum.item()}
             state |= {"device": device.type, "random_state": rng.get_rng_state()}
             save({"config": config, "options": options, **state}, out / "checkpoint.pt")
             save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
-            with open(out / "log.csv", "w", newline="") as file:  # all of it from the checkpoint: no row twice, none missing
+            with open(out / "log.csv", "w", newline="") as file:  # all of it: no row twice, none missing
                 csv.writer(file).writerows([["epoch", "step", "loss", "lr", "images_per_s"], *history])
             saved_at = time.monotonic()
-            started_at += saved_at - now  # pictures and files are not training time
+            started_at += saved_at - shown_at  # images and files are not training time
         if stop and step < total_steps:
-            show(f"stopped at step {step} of {total_steps}; go on with the same command and --resume", last=True)
+            show(f"stopped at step {step} of {total_steps}; to go on, give the same command with --resume", last=True)
             return 130
 
-    seconds = time.monotonic() - started_at
-    print(f"{step - first_step} steps in {timedelta(seconds=round(seconds))}, {(step - first_step) * batch_size / seconds:.0f} images/s")
-    print(f"weights, log and pictures are in {out}; look: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
+    if step > first_step:
+        seconds = time.monotonic() - started_at
+        rate = (step - first_step) * batch_size / seconds
+        print(f"{step - first_step} steps in {timedelta(seconds=round(seconds))}, {rate:.0f} images/s")
+    print(f"weights, log and images are in {out}; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
     return 0
 
 
 # ======================================================================================================================
-# 9. The command line
+# 8. The command line
 # ======================================================================================================================
-#
-# Each flag checks its own value here, so that nothing above has to.
 
-BATCH = 256  # pictures that are sampled at once
+BATCH = 256  # images that are sampled at once
+
+
+def class_number(name, classes):
+    """The number of a class, given its name in any case or its number as text. Raises UserError."""
+    if name.lower() in classes:
+        return classes.index(name.lower())
+    if name.isdecimal() and int(name) < len(classes):
+        return int(name)
+    raise UserError(f"there is no class {name!r}: choose 0 to {len(classes) - 1}, or one of {', '.join(classes)}")
 
 
 def sample_command(args):
-    """The sample command: draws the labels asked for and writes one picture, or a folder of them."""
-    out = Path(args.out)
-    if out.suffix not in ("", ".png"):
-        raise UserError(f"--out {out}: name a .png file or a folder")
+    """The sample command: draws the labels asked for and writes one image file, or a folder of them. Returns 0."""
+    out, gif = Path(args.out), args.gif and Path(args.gif)
+    if out.suffix not in ("", ".png") or gif and gif.suffix != ".gif":
+        raise UserError("--out takes a .png file or a folder, --gif a .gif file")
+    if args.like and not args.like_label:
+        raise UserError("--like needs --like-label, the digit that the image shows")
     device = choose_device(args.device)
     path = Path(args.checkpoint or find_weights())
     model = load_model(path, device)
-    classes, T = model.config["classes"], model.config["timesteps"]
-    print(f"weights: {path} ({model.config['dataset']})")
-    if args.steps > T:
-        raise UserError(f"--steps {args.steps}: this model was trained with {T} steps")
-    asked = args.label or list(range(len(classes)))
-    if max(asked) >= len(classes):
-        raise UserError(f"--label {max(asked)}: the classes are 0 to {len(classes) - 1} ({', '.join(classes)})")
+    config, classes = model.config, model.config["classes"]
+    print(f"weights: {path} ({config['dataset']})")
     # One label fills a square; several make a row, a number for example, that is drawn count times.
-    count = args.count or (16 if len(asked) == 1 else 1)
-    columns = None if len(asked) == 1 else len(asked)
-    labels = asked * count
-    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    row = [class_number(name, classes) for name in args.label or classes]
+    count, columns = (args.count or 16, None) if len(row) == 1 else (args.count or 1, len(row))
+    labels = row * count
+    if gif and len(labels) > BATCH:
+        raise UserError(f"--gif shows {BATCH} images at most, not {len(labels)}")
+    x_T = None
+    if args.like:
+        if config["image_channels"] != 1:
+            raise UserError("--like needs a model of grey images")
+        x_0 = read_digit(args.like, config["image_size"]).to(device)
+        x_T = invert(model, x_0, [class_number(args.like_label, classes)], args.steps)
 
-    started_at, pictures = time.monotonic(), []
+    for file in filter(None, (out, gif)):
+        (file.parent if file.suffix else file).mkdir(parents=True, exist_ok=True)
+    started_at, images, frames = time.monotonic(), [], []
     for start in range(0, len(labels), BATCH):
         batch = labels[start : start + BATCH]
-        seeds = [args.seed * 1_000_000 + start + i for i in range(len(batch))]
-        x_0 = sample(model, batch, args.steps, args.eta, args.guidance, args.guidance_interval, seeds)
+        # The images of a row start from the same noise: they come out as if one hand had written them.
+        seeds = [args.seed * 1_000_000 + (start + i) // len(row) for i in range(len(batch))]
+        noise = None if x_T is None else x_T.expand(len(batch), -1, -1, -1)
+        on_step = (lambda *frame: frames.append(frame)) if gif else None
+        x_0 = sample(model, batch, args.steps, args.eta, args.guidance, args.guidance_interval, seeds, noise, on_step)
         if out.suffix:
-            pictures.append(x_0.cpu())
+            images.append(x_0.cpu())
         else:
             for i, label in enumerate(batch):
                 to_image(x_0[i : i + 1]).save(out / f"{label}_{start + i:05d}.png")
         done = start + len(batch)
         rate = done / (time.monotonic() - started_at)
-        show(f"{done} of {len(labels)} pictures, {rate:.1f} pictures/s", last=done == len(labels))
+        show(f"{done} of {len(labels)} images, {rate:.1f} images/s", last=done == len(labels))
     if out.suffix:
-        to_image(torch.cat(pictures), columns).save(out)
-    print(f"written: {out}")
+        to_image(torch.cat(images), columns).save(out)
+    if gif:
+        save_film([*frames, (x_0, x_0)], gif, columns)
+    print(f"written: {out}" + (f", {gif} and {gif.with_suffix('.png')}" if gif else ""))
     return 0
 
 
 def shapes_command(args):
-    """The shapes command: runs the network once and prints what each of its blocks gives out."""
-    _, (image_channels, image_size, _), classes, _, _ = DATASETS[args.dataset]
-    config = {"channels": args.channels, "image_channels": image_channels, "image_size": image_size, "classes": classes}
+    """The shapes command: runs the network once and prints what each of its blocks gives out. Returns 0."""
+    config = {"channels": args.channels, **DATASETS[args.dataset][2]}
     model = UNet(config)
-    blocks = {}
-    for name, child in model.named_children():
-        parts = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
-        blocks |= {f"{name}.{part}".rstrip("."): module for part, module in parts}
-    print(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
-    for name, module in blocks.items():  # a hook prints its line when its block has run: in the order of the forward pass
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: print(
-                f"{name:<14} {str(tuple(output.shape[1:])):<18} {count_parameters(module):>10,}"
-            )
+
+    def report(name):  # a hook, which prints its line when the block has run: in the order of the forward pass
+        return lambda block, inputs, output: print(
+            f"{name:<14} {str(tuple(output.shape[1:])):<18} {count_parameters(block):>10,}"
         )
+
+    for name, child in model.named_children():
+        for part, block in child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]:
+            block.register_forward_hook(report(f"{name} {part}"))
+    print(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
+    zero = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
-        zero = torch.zeros(1, dtype=torch.int64)
-        model(torch.zeros(1, image_channels, image_size, image_size), zero, zero)
+        model(torch.zeros(1, config["image_channels"], config["image_size"], config["image_size"]), zero, zero)
     print(f"{'total':<33} {count_parameters(model):>10,}")
     return 0
 
@@ -844,67 +973,75 @@ def in_range(convert, low, high=math.inf):
 
 def make_parser():
     """The commands and their flags. Returns the parser and, for its defaults, that of the train command."""
-    parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that writes digits. See --help of each command.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    positive, share = in_range(int, 1), in_range(float, 0, 1)
+    parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has its own --help")
+    positive, share, seed = in_range(int, 1), in_range(float, 0, 1), in_range(int, 0, 2**31)
 
     def add_command(name, run, help):
-        command = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command = commands.add_parser(name, help=help, description=help)
         command.set_defaults(run=run)
         return command
 
-    c = trainer = add_command("train", train, "train a model; writes checkpoint, weights, log and pictures into a folder")
-    c.add_argument("--dataset", choices=DATASETS, default="mnist", help="what to learn")
-    c.add_argument("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded")
-    c.add_argument("--out", help="folder of the run (default: runs/DATASET)")
-    c.add_argument("--epochs", type=positive, default=30, help="passes over the data")
-    c.add_argument("--batch-size", type=positive, default=128, help="pictures a step")
-    c.add_argument("--lr", type=in_range(float, 0), default=1e-3, help="peak of the learning rate of AdamW")
-    c.add_argument("--timesteps", type=positive, default=1000, help="T, noising steps")
-    c.add_argument("--schedule", choices=["linear", "cosine"], default="linear", help="how the noise grows")
-    c.add_argument("--channels", type=positive, nargs="+", default=[32, 64, 128, 256], help="one number a level")
-    c.add_argument("--class-dropout", type=share, default=0.1, help="share of labels to drop, for guidance")
-    c.add_argument("--ema-decay", type=share, default=0.999, help="of the averaged weights, a step")
-    c.add_argument("--sample-every", type=positive, default=1, help="epochs from picture to picture")
-    c.add_argument("--resume", action="store_true", help="go on with the run in --out, with its options")
-    c.add_argument("--compile", action="store_true", help="torch.compile the network: a minute's wait, then faster steps")
+    def flag(command, name, help, default=None, **options):
+        help += " (default: %(default)s)" if default is not None else ""
+        command.add_argument(name, help=help, default=default, **options)
 
-    c = add_command("sample", sample_command, "draw pictures with trained weights")
-    c.add_argument("--label", type=in_range(int, 0), nargs="+", help="class, or classes of a row (default: all)")
-    c.add_argument("--count", type=positive, help="pictures of one label (default: 16), or rows of several (1)")
-    c.add_argument("--checkpoint", help="a weights.pt (default: the newest in runs/, else the one in assets/)")
-    c.add_argument("--steps", type=positive, default=STEPS, help="steps from noise to picture, at most T")
-    c.add_argument("--eta", type=share, default=0.0, help="share of fresh noise: 0 is DDIM, 1 Algorithm 2")
-    c.add_argument("--guidance", type=in_range(float, 0), default=GUIDANCE, metavar="S",
-                   help="eps = eps_uncond + S (eps_cond - eps_uncond): 0 unconditional, 1 conditional, above 1 guided")
-    c.add_argument("--guidance-interval", type=share, nargs=2, default=GUIDANCE_INTERVAL, metavar=("LO", "HI"),
-                   help="where guidance applies, in shares of T; elsewhere S is 1")
-    c.add_argument("--out", default="samples.png", help="a .png file, or a folder for one file each")
+    c = trainer = add_command("train", train, "Train a model; write checkpoint, weights, log and samples into a folder.")
+    flag(c, "--dataset", "what to learn", "mnist", choices=DATASETS)
+    flag(c, "--data-dir", "folder of the data sets; what is not there is downloaded", "data")
+    flag(c, "--out", "folder of the run (default: runs/DATASET)")
+    flag(c, "--epochs", "passes over the data", 30, type=positive)
+    flag(c, "--batch-size", "images per step", 128, type=positive)
+    flag(c, "--lr", "peak learning rate", 1e-3, type=in_range(float, 0))
+    flag(c, "--timesteps", "T, noising steps", 1000, type=positive)
+    flag(c, "--schedule", "of the noise", "linear", choices=["linear", "cosine"])
+    flag(c, "--channels", "of the network, one number a level", [32, 64, 128, 256], type=positive, nargs="+")
+    flag(c, "--class-dropout", "share of labels to drop; with 0, sample with --guidance 1", 0.1, type=share)
+    flag(c, "--ema-decay", "of the averaged weights, per step", 0.999, type=share)
+    flag(c, "--sample-every", "epochs between sample images", 1, type=positive)
+    flag(c, "--seed", "of all random numbers", 0, type=seed)
+    flag(c, "--device", "where to calculate", "auto", choices=DEVICES)
+    c.add_argument("--resume", action="store_true", help="go on with the run in --out, by the options it was begun with")
+    c.add_argument("--compile", action="store_true", help="use torch.compile: a minute's wait, then faster steps")
 
-    for c in (trainer, c):
-        c.add_argument("--seed", type=in_range(int, 0, 2**31), default=0, help="of all random numbers")
-        c.add_argument("--device", default="auto", help="cuda, mps, cpu, or auto: the first of them that is there")
+    c = add_command("sample", sample_command, "Draw images with trained weights.")
+    flag(c, "--label", "a class, or the classes of a row, by number or name (default: all)", nargs="+")
+    flag(c, "--count", "images of one label (default: 16), or rows of several (default: 1)", type=positive)
+    flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
+    flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=positive)
+    flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=share)
+    flag(c, "--guidance", "eps = eps_uncond + S (eps_cond - eps_uncond): 0 is unconditional, 1 conditional, more is guided",
+         GUIDANCE, type=in_range(float, 0), metavar="S")
+    flag(c, "--guidance-interval", "shares of T between which an S above 1 applies", GUIDANCE_INTERVAL,
+         type=share, nargs=2, metavar=("LO", "HI"))
+    flag(c, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
+    flag(c, "--like-label", "the digit that IMAGE shows", metavar="D")
+    flag(c, "--gif", "write a film of noise becoming images, and a .png of ten moments beside it", metavar="PATH")
+    flag(c, "--out", "a .png file, or a folder to fill", "samples.png")
+    flag(c, "--seed", "of all random numbers", 0, type=seed)
+    flag(c, "--device", "where to calculate", "auto", choices=DEVICES)
 
-    c = add_command("shapes", shapes_command, "show each block's output shape and number of parameters")
-    c.add_argument("--dataset", choices=DATASETS, default="mnist", help="whose pictures go in")
-    c.add_argument("--channels", type=positive, nargs="+", default=[32, 64, 128, 256], help="one number a level")
+    c = add_command("shapes", shapes_command, "Show each block's output shape and number of parameters.")
+    flag(c, "--dataset", "whose images go in", "mnist", choices=DATASETS)
+    flag(c, "--channels", "of the network, one number a level", [32, 64, 128, 256], type=positive, nargs="+")
     return parser, trainer
 
 
 def main(argv=None):
-    """Runs one command, argv or the process's own arguments. Returns the exit status: 0, 1 after an error, 130 stopped."""
+    """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 for an error, 130 stopped."""
     parser, trainer = make_parser()
     args = parser.parse_args(argv)
-    torch.set_float32_matmul_precision("high")  # where float32 is left on a GPU, tensor cores may round it to TF32
     socket.setdefaulttimeout(30)  # seconds; a download that hangs should end, but torchvision sets no limit
     try:
         if args.command == "train" and args.resume:
-            # The run's own options become the defaults, so they need not be given again; those given must agree.
+            # The options that the run was begun with become the defaults, so they need not be given again.
             path = Path(args.out or f"runs/{args.dataset}", "checkpoint.pt")
             saved = load(path)
-            trainer.set_defaults(**saved["options"])
+            if not isinstance(saved.get("options"), dict):
+                raise UserError(f"{path} is not the checkpoint of a run")
+            trainer.set_defaults(**saved["options"], out=path.parent)
             args = parser.parse_args(argv)
-            changed = [name for name in TRAIN_OPTIONS if name != "epochs" and getattr(args, name) != saved["options"][name]]
+            changed = [name for name, value in saved["options"].items() if getattr(args, name) != value and name != "epochs"]
             if changed:
                 raise UserError(f"{path} was begun with another {' and '.join(changed)}: leave it out, or start anew")
             return train(args, saved)
