@@ -515,22 +515,12 @@ def invert(model, x_0, labels, steps=STEPS):
 # Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero as the noise is. The
 # whole set stays on the device as bytes (MNIST: 47 MB), and a batch is an index away: there is no loader to wait for.
 
-IDX_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-DATASETS = {  # name: torchvision's class; what to put where by hand; the configuration of a model for it
-    "mnist": (
-        torchvision.datasets.MNIST, f"the four files {IDX_FILES} into {{}}/MNIST/raw",
-        {"image_channels": 1, "image_size": 28, "classes": "0 1 2 3 4 5 6 7 8 9".split()},
-    ),
-    "fashion-mnist": (
-        torchvision.datasets.FashionMNIST, f"the four files {IDX_FILES} into {{}}/FashionMNIST/raw",
-        {"image_channels": 1, "image_size": 28, "classes": ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal",
-                                                            "shirt", "sneaker", "bag", "ankle boot"]},
-    ),
-    "cifar10": (
-        torchvision.datasets.CIFAR10, "cifar-10-python.tar.gz into {}",
-        {"image_channels": 3, "image_size": 32, "classes": ["airplane", "automobile", "bird", "cat", "deer", "dog",
-                                                            "frog", "horse", "ship", "truck"]},
-    ),
+CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot".split(", ")
+THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck".split(", ")
+DATASETS = {  # name: torchvision's class, and what a model has to know of its images
+    "mnist": ("MNIST", {"image_channels": 1, "image_size": 28, "classes": list("0123456789")}),
+    "fashion-mnist": ("FashionMNIST", {"image_channels": 1, "image_size": 28, "classes": CLOTHES}),
+    "cifar10": ("CIFAR10", {"image_channels": 3, "image_size": 32, "classes": THINGS}),
 }
 
 
@@ -539,9 +529,14 @@ def load_dataset(name, data_dir, train=True):
 
     Returns images (N, C, H, W) uint8 and labels (N,) int64, on the CPU. Raises UserError when it cannot be had or read.
     """
-    dataset_class, by_hand, config = DATASETS[name]
-    url = dataset_class.mirrors[0] if hasattr(dataset_class, "mirrors") else dataset_class.url
-    advice = f"put {by_hand.format(data_dir)}, unpacked from {url}"
+    class_name, config = DATASETS[name]
+    dataset_class = getattr(torchvision.datasets, class_name)
+    if name == "cifar10":
+        files, url, folder = dataset_class.filename, dataset_class.url, Path(data_dir)
+    else:
+        files = "the four files " + ", ".join(file.removesuffix(".gz") for file, _ in dataset_class.resources)
+        url, folder = dataset_class.mirrors[0], Path(data_dir, class_name, "raw")
+    advice = f"put {files} into {folder}; they come from {url}"
     try:
         dataset = dataset_class(data_dir, train=train, download=True)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
@@ -737,13 +732,40 @@ def train_step(model, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps,
 
 # The rest of this section is the life of a run: begin or resume, step, report, save, stop when asked to.
 
-TRAIN_OPTIONS = "dataset epochs batch_size lr timesteps schedule channels class_dropout ema_decay seed".split()
+
+
+def in_range(convert, low, high=math.inf):
+    """An argparse type: convert(text), refused outside [low, high]."""
+
+    def parse(text):
+        value = convert(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    parse.__name__ = convert.__name__  # argparse says "invalid int value"
+    return parse
+
+
+POSITIVE, SHARE = in_range(int, 1), in_range(float, 0, 1)
+SEED = {"default": 0, "type": in_range(int, 0, 2**31), "help": "of all random numbers"}
+TRAIN_OPTIONS = {  # what a run is begun with and keeps, as argparse wants it
+    "dataset": {"default": "mnist", "choices": DATASETS, "help": "what to learn"},
+    "epochs": {"default": 30, "type": POSITIVE, "help": "passes over the data"},
+    "batch_size": {"default": 128, "type": POSITIVE, "help": "images per step"},
+    "lr": {"default": 1e-3, "type": in_range(float, 0), "help": "peak learning rate"},
+    "timesteps": {"default": 1000, "type": POSITIVE, "help": "T, noising steps"},
+    "schedule": {"default": "linear", "choices": ["linear", "cosine"], "help": "of the noise"},
+    "channels": {"default": [32, 64, 128, 256], "type": POSITIVE, "nargs": "+", "help": "one number a level"},
+    "class_dropout": {"default": 0.1, "type": SHARE, "help": "share of labels to drop; 0: sample with --guidance 1"},
+    "ema_decay": {"default": 0.999, "type": SHARE, "help": "of the averaged weights, per step"},
+    "seed": SEED,
+}
 SAVE_EVERY = 300  # seconds
-DEVICES = ["auto", "cuda", "mps", "cpu"]  # "auto" is the first of the others that is there
 
 
 def choose_device(name):
-    """The device of that name; one of DEVICES. Raises UserError when it is not there."""
+    """The device of that name; "auto" is the first of cuda, mps and cpu that is there. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -765,22 +787,40 @@ def show(line, last=False):
         print(line, flush=True)
 
 
-def train(args, saved=None):
-    """The train command. args is what main parsed, saved the contents of the checkpoint to go on from, if any.
+def begin_or_resume(args):
+    """The folder of the run, its options, and the contents of its checkpoint if it is resumed. Raises UserError."""
+    given = {name: getattr(args, name) for name in TRAIN_OPTIONS if getattr(args, name) is not None}
+    options = {name: option["default"] for name, option in TRAIN_OPTIONS.items()} | given
+    out = Path(args.out or f"runs/{options['dataset']}")
+    path = out / "checkpoint.pt"
+    if not args.resume:
+        if path.exists():
+            raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+        return out, options, None
+    saved = load(path)
+    begun_with = saved.get("options", {})
+    if begun_with.keys() != options.keys():
+        raise UserError(f"{path} is not the checkpoint of a run")
+    changed = [name for name in given if given[name] != begun_with[name] and name != "epochs"]
+    if changed:
+        raise UserError(f"{path} was begun with another {' and '.join(changed)}: leave it out, or start anew")
+    return out, begun_with | given, saved
 
-    Leaves checkpoint.pt, weights.pt, log.csv and sample images in args.out. Returns 0, or 130 if it was told to stop.
+
+def train(args):
+    """The train command. Leaves checkpoint.pt, weights.pt, log.csv and sample images in a folder.
+
+    args is what make_parser parsed. Returns 0, or 130 if it was told to stop. Raises UserError and OSError.
     """
-    device, out = choose_device(args.device), Path(args.out or f"runs/{args.dataset}")
-    if (out / "checkpoint.pt").exists() and not saved:
-        raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
-    options = {name: getattr(args, name) for name in TRAIN_OPTIONS}
+    device = choose_device(args.device)
+    out, options, saved = begin_or_resume(args)
     config = {name: options[name] for name in ("dataset", "channels", "schedule", "timesteps")}
-    config |= DATASETS[args.dataset][2]
+    config |= DATASETS[options["dataset"]][1]
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options["seed"])
     model = UNet(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
     rng = torch if device.type == "cpu" else getattr(torch, device.type)  # where the random state of the device lives
     step, history, loss_sum = 0, [], torch.zeros((), device=device)
     if saved:
@@ -795,11 +835,12 @@ def train(args, saved=None):
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{out / 'checkpoint.pt'} does not fit this network: choose another --out") from error
 
-    images, labels = (tensor.to(device) for tensor in load_dataset(args.dataset, args.data_dir))
-    batch_size = min(args.batch_size, len(images))
+    images, labels = (tensor.to(device) for tensor in load_dataset(options["dataset"], args.data_dir))
+    batch_size = min(options["batch_size"], len(images))
     steps_per_epoch = len(images) // batch_size  # the remainder, different images in each epoch, is skipped
-    total_steps = args.epochs * steps_per_epoch
-    alphas_cumprod = torch.cumprod(1 - beta_schedule(args.schedule, args.timesteps), dim=0).float().to(device)
+    epochs, total_steps = options["epochs"], options["epochs"] * steps_per_epoch
+    betas = beta_schedule(options["schedule"], options["timesteps"])
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float().to(device)
     network = torch.compile(model) if args.compile else model  # a faster view of the same weights
 
     # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent. A second Ctrl-C
@@ -815,7 +856,7 @@ def train(args, saved=None):
 
     out.mkdir(parents=True, exist_ok=True)
     parameters = f"{count_parameters(model) / 1e6:.1f}M parameters"
-    print(f"{len(images)} images of {args.dataset}, {parameters}, on {device}, into {out}", flush=True)
+    print(f"{len(images)} images of {options['dataset']}, {parameters}, on {device}, into {out}", flush=True)
     first_step, order = step, None
     started_at = saved_at = shown_at = time.monotonic()
     while step < total_steps:
@@ -824,7 +865,7 @@ def train(args, saved=None):
             loss_sum.zero_()
         if position == 0 or order is None:
             # The order of an epoch depends on seed and epoch alone: a resumed run finds its place in it again.
-            shuffle = torch.Generator().manual_seed(args.seed * 1_000_000 + epoch)
+            shuffle = torch.Generator().manual_seed(options["seed"] * 1_000_000 + epoch)
             order = torch.randperm(len(images), generator=shuffle).to(device)
         batch = order[position * batch_size : (position + 1) * batch_size]
         x_0 = images[batch].float() / 127.5 - 1  # bytes 0..255 to [-1, 1]
@@ -840,10 +881,10 @@ def train(args, saved=None):
             shown_at = time.monotonic()
             rate = (step - first_step) * batch_size / (shown_at - started_at)
             left = timedelta(seconds=round((total_steps - step) * batch_size / rate))
-            line = f"epoch {epoch + 1}/{args.epochs}  step {step}  loss {loss:.4f}  {rate:.0f} images/s  {left} left"
+            line = f"epoch {epoch + 1}/{epochs}  step {step}  loss {loss:.4f}  {rate:.0f} images/s  {left} left"
             show(line, last=end_of_epoch)
         if end_of_epoch:
-            history.append([epoch + 1, step, loss, learning_rate(step - 1, total_steps, args.lr), rate])
+            history.append([epoch + 1, step, loss, learning_rate(step - 1, total_steps, options["lr"]), rate])
             if (epoch + 1) % args.sample_every == 0 or step == total_steps:
                 # Each class five times, from the same noise after every epoch, so that epochs can be compared.
                 grid = sample(ema, list(range(model.num_classes)) * 5)
@@ -939,7 +980,7 @@ def sample_command(args):
 
 def shapes_command(args):
     """The shapes command: runs the network once and prints what each of its blocks gives out. Returns 0."""
-    config = {"channels": args.channels, **DATASETS[args.dataset][2]}
+    config = {"channels": args.channels, **DATASETS[args.dataset][1]}
     model = UNet(config)
 
     def report(name):  # a hook, which prints its line when the block has run: in the order of the forward pass
@@ -958,24 +999,10 @@ def shapes_command(args):
     return 0
 
 
-def in_range(convert, low, high=math.inf):
-    """An argparse type: convert(text), refused outside [low, high]."""
-
-    def parse(text):
-        value = convert(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    parse.__name__ = convert.__name__  # argparse says "invalid int value"
-    return parse
-
-
 def make_parser():
-    """The commands and their flags. Returns the parser and, for its defaults, that of the train command."""
+    """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
-    commands = parser.add_subparsers(dest="command", required=True, help="each has its own --help")
-    positive, share, seed = in_range(int, 1), in_range(float, 0, 1), in_range(int, 0, 2**31)
+    commands = parser.add_subparsers(required=True, metavar="{train,sample,shapes}", help="each has its own --help")
 
     def add_command(name, run, help):
         command = commands.add_parser(name, help=help, description=help)
@@ -983,74 +1010,59 @@ def make_parser():
         return command
 
     def flag(command, name, help, default=None, **options):
-        help += " (default: %(default)s)" if default is not None else ""
+        help += f" (default: {default})" if default is not None else ""
         command.add_argument(name, help=help, default=default, **options)
 
-    c = trainer = add_command("train", train, "Train a model; write checkpoint, weights, log and samples into a folder.")
-    flag(c, "--dataset", "what to learn", "mnist", choices=DATASETS)
+    c = add_command("train", train, "Train a model; write weights, log and samples into a folder.")
+    for name, option in TRAIN_OPTIONS.items():  # None means not given, so that a resumed run may keep what it has
+        option = {**option, "default": None, "help": f"{option['help']} (default: {option['default']})"}
+        c.add_argument("--" + name.replace("_", "-"), **option)
     flag(c, "--data-dir", "folder of the data sets; what is not there is downloaded", "data")
     flag(c, "--out", "folder of the run (default: runs/DATASET)")
-    flag(c, "--epochs", "passes over the data", 30, type=positive)
-    flag(c, "--batch-size", "images per step", 128, type=positive)
-    flag(c, "--lr", "peak learning rate", 1e-3, type=in_range(float, 0))
-    flag(c, "--timesteps", "T, noising steps", 1000, type=positive)
-    flag(c, "--schedule", "of the noise", "linear", choices=["linear", "cosine"])
-    flag(c, "--channels", "of the network, one number a level", [32, 64, 128, 256], type=positive, nargs="+")
-    flag(c, "--class-dropout", "share of labels to drop; with 0, sample with --guidance 1", 0.1, type=share)
-    flag(c, "--ema-decay", "of the averaged weights, per step", 0.999, type=share)
-    flag(c, "--sample-every", "epochs between sample images", 1, type=positive)
-    flag(c, "--seed", "of all random numbers", 0, type=seed)
-    flag(c, "--device", "where to calculate", "auto", choices=DEVICES)
-    c.add_argument("--resume", action="store_true", help="go on with the run in --out, by the options it was begun with")
+    flag(c, "--sample-every", "epochs between sample images", 1, type=POSITIVE)
+    flag(c, "--device", "where to calculate", "auto", choices=["auto", "cuda", "mps", "cpu"])
+    c.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own options")
     c.add_argument("--compile", action="store_true", help="use torch.compile: a minute's wait, then faster steps")
 
     c = add_command("sample", sample_command, "Draw images with trained weights.")
     flag(c, "--label", "a class, or the classes of a row, by number or name (default: all)", nargs="+")
-    flag(c, "--count", "images of one label (default: 16), or rows of several (default: 1)", type=positive)
+    flag(c, "--count", "images of one label (default: 16), or rows of several (default: 1)", type=POSITIVE)
     flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
-    flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=positive)
-    flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=share)
-    flag(c, "--guidance", "eps = eps_uncond + S (eps_cond - eps_uncond): 0 is unconditional, 1 conditional, more is guided",
+    flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
+    flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=SHARE)
+    flag(c, "--guidance", "eps = eps_uncond + S (eps_cond - eps_uncond): 0 unconditional, 1 conditional, above guided",
          GUIDANCE, type=in_range(float, 0), metavar="S")
     flag(c, "--guidance-interval", "shares of T between which an S above 1 applies", GUIDANCE_INTERVAL,
-         type=share, nargs=2, metavar=("LO", "HI"))
+         type=SHARE, nargs=2, metavar=("LO", "HI"))
     flag(c, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
     flag(c, "--like-label", "the digit that IMAGE shows", metavar="D")
     flag(c, "--gif", "write a film of noise becoming images, and a .png of ten moments beside it", metavar="PATH")
     flag(c, "--out", "a .png file, or a folder to fill", "samples.png")
-    flag(c, "--seed", "of all random numbers", 0, type=seed)
-    flag(c, "--device", "where to calculate", "auto", choices=DEVICES)
+    flag(c, "--seed", **SEED)
+    flag(c, "--device", "where to calculate", "auto", choices=["auto", "cuda", "mps", "cpu"])
 
     c = add_command("shapes", shapes_command, "Show each block's output shape and number of parameters.")
-    flag(c, "--dataset", "whose images go in", "mnist", choices=DATASETS)
-    flag(c, "--channels", "of the network, one number a level", [32, 64, 128, 256], type=positive, nargs="+")
-    return parser, trainer
+    for name in ("dataset", "channels"):
+        flag(c, "--" + name, **TRAIN_OPTIONS[name])
+    return parser
 
 
 def main(argv=None):
-    """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 for an error, 130 stopped."""
-    parser, trainer = make_parser()
-    args = parser.parse_args(argv)
+    """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 error, 130 stopped."""
+    args = make_parser().parse_args(argv)
     socket.setdefaulttimeout(30)  # seconds; a download that hangs should end, but torchvision sets no limit
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if args.command == "train" and args.resume:
-            # The options that the run was begun with become the defaults, so they need not be given again.
-            path = Path(args.out or f"runs/{args.dataset}", "checkpoint.pt")
-            saved = load(path)
-            if not isinstance(saved.get("options"), dict):
-                raise UserError(f"{path} is not the checkpoint of a run")
-            trainer.set_defaults(**saved["options"], out=path.parent)
-            args = parser.parse_args(argv)
-            changed = [name for name, value in saved["options"].items() if getattr(args, name) != value and name != "epochs"]
-            if changed:
-                raise UserError(f"{path} was begun with another {' and '.join(changed)}: leave it out, or start anew")
-            return train(args, saved)
         return args.run(args)
     except (UserError, OSError) as error:
         print(f"ddpm.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("ddpm.py: stopped; what is written stays", file=sys.stderr)
         return 130
+    finally:
+        for number, handler in handlers.items():  # train has its own; a notebook goes on after it
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
