@@ -1,0 +1,827 @@
+"""The tests of ddpm.py, in the order of its sections. Run them with: python -m pytest test_ddpm.py
+
+A formula is held against a second derivation of the same thing (another equation of the paper, Bayes' rule, a closed
+form, a plain loop), in float64 where possible; a file against one that the test writes itself. Everything runs on the
+CPU, offline, in temporary folders and from fixed seeds. A test's docstring says what would be wrong if it failed.
+"""
+
+import copy
+import csv
+import functools
+import hashlib
+import http.client
+import io
+import math
+import os
+import pickle
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.nn import functional as F
+
+import ddpm
+
+# === Helpers ==========================================================================================================
+
+T = 50
+CONFIG = {"dataset": "mnist", "channels": [4, 6], "image_channels": 1, "image_size": 8, "classes": list("0123456789"),
+          "schedule": "linear", "timesteps": T}  # fmt: skip
+FLAGS = f"--device cpu --epochs 4 --batch-size 16 --timesteps {T} --channels 4 8 --sample-every 2".split()
+close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+cases = lambda names, table: pytest.mark.parametrize(names, list(table.values()), ids=list(table))  # noqa: E731
+
+
+def no_network(*args, error=urllib.error.URLError("no network"), **kwargs):
+    raise error
+
+
+urllib.request.urlopen = no_network  # whatever goes wrong below, nothing is downloaded
+
+
+@functools.lru_cache
+def alpha_bars(timesteps=T, schedule="linear"):
+    """The products of 1 - beta as floats, with 1 behind the last, so that [-1] is the level of a clean image."""
+    return np.cumprod(1 - ddpm.beta_schedule(schedule, timesteps).numpy()).tolist() + [1.0]
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_unet(**changes):
+    """A small U-Net in which no layer is zero any more, so that none hides what the others do."""
+    generator, model = torch.Generator().manual_seed(0), ddpm.UNet(CONFIG | changes)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    return model.requires_grad_(False)
+
+
+def res_blocks(model):
+    return [module for module in model.modules() if isinstance(module, ddpm.ResBlock)]
+
+
+class Fake(torch.nn.Module):
+    """Stands in for the network: says answer(x_t, t, y) and remembers what it was asked."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.config, self.answer, self.asked = CONFIG, answer, []
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # the sampler looks here for the device
+
+    def forward(self, x_t, t, y):
+        self.asked.append((x_t, t, y))
+        return self.answer(x_t, t, y)
+
+
+def oracle(x_0):
+    """A network that knows the clean images, and so which noise is in x_t."""
+
+    def answer(x_t, t, y):
+        alpha_bar = torch.tensor(alpha_bars(), dtype=x_t.dtype)[t].view(-1, 1, 1, 1)
+        return (x_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
+
+    return Fake(answer)
+
+
+def run(*argv):
+    """Runs a command as from a terminal, and takes back what it sets for the whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    precision, timeout = torch.get_float32_matmul_precision(), socket.getdefaulttimeout()
+    try:
+        return ddpm.main([str(word) for word in argv])
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        socket.setdefaulttimeout(timeout)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def error_of(capsys, *argv):
+    """Runs a command that must fail in the promised way, with status 1 and one line on stderr. Returns the line."""
+    capsys.readouterr()
+    assert run(*argv) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpm.py: error: ")
+    return line
+
+
+def write_idx(path, array):
+    """The format of MNIST: two zeros, 8 for bytes, the number of dimensions, each dimension big-endian, the bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+def write_mnist(root, count=70):
+    """A tiny MNIST, training and test set; the latter is the first 5 of the former, which are returned."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (count, 28, 28), np.uint8), random.integers(0, 10, count, np.uint8)
+    for part, n in ("train", count), ("t10k", 5):
+        write_idx(root / f"MNIST/raw/{part}-images-idx3-ubyte", images[:n])
+        write_idx(root / f"MNIST/raw/{part}-labels-idx1-ubyte", labels[:n])
+    return images, labels
+
+
+def archive(contents):
+    """The bytes of a file of torch.save."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    return buffer.getvalue()
+
+
+def read(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_log(folder):
+    """The rows of log.csv without their timings."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "images_per_s"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def float64():
+    """Networks and noise that are made in the test are in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a tiny MNIST."""
+    folder = tmp_path_factory.mktemp("data")
+    write_mnist(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The folder of a finished training run: 4 epochs of 4 steps."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert run("train", "--data-dir", data, "--out", folder, *FLAGS) == 0
+    return folder
+
+
+# === 1. The noise schedule ============================================================================================
+
+
+def test_linear_schedule():
+    """With other betas, models could not be compared with the paper, or x_T would hold more signal than it says."""
+    betas = ddpm.beta_schedule("linear", 1000)
+    assert betas.dtype == torch.float64 and betas.shape == (1000,)
+    close(betas, [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)])
+    assert f"{math.prod(1 - beta for beta in betas.tolist()) ** 0.5:.3f}" == "0.006"
+
+
+@pytest.mark.parametrize("timesteps", [10, 100, 1000])
+def test_cosine_schedule(timesteps):
+    """The products of the betas would not follow the curve of Nichol & Dhariwal."""
+    betas = ddpm.beta_schedule("cosine", timesteps)
+    assert betas.dtype == torch.float64 and betas.shape == (timesteps,)
+    curve = 1 + np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi)  # 2 cos² of half the angle
+    close(np.cumprod(1 - betas.numpy())[:-1], (curve / curve[0])[1:-1])  # the last beta is limited to 0.999
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("timesteps", [1, 2, 10, 50, 100, 1000])
+def test_schedule_for_any_number_of_steps(schedule, timesteps):
+    """Sampling would divide by zero, or with fewer steps x_T would no longer be pure noise."""
+    betas = ddpm.beta_schedule(schedule, timesteps)
+    assert 0 < betas.min() and betas.max() <= 0.999
+    assert timesteps < 10 or alpha_bars(timesteps, schedule)[-2] < 1e-4
+
+
+def test_unknown_schedule():
+    """A mistyped name would train with some schedule, without a word."""
+    with pytest.raises(ValueError, match="quadratic"):
+        ddpm.beta_schedule("quadratic", 10)
+
+
+# === 2. The forward process ===========================================================================================
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_q_sample_is_step_by_step_noising(schedule):
+    """The jump of Eq. 4 would not land where t steps of Eq. 2 lead, or the images of a batch would share one t."""
+    mean, variance, expected = 1.0, 0.0, []
+    for beta in ddpm.beta_schedule(schedule, T).tolist():  # Eq. 2: scale by √(1-β), then add noise of variance β
+        mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
+        expected.append([mean, variance**0.5, 2 * mean - 3 * variance**0.5])
+    t, bars = torch.arange(T), torch.tensor(alpha_bars(T, schedule)[:-1], dtype=torch.float64)
+    for column, (x_0, eps) in enumerate([(1, 0), (0, 1), (2, -3)]):
+        x_0, eps = (torch.full((T, 2, 3, 3), value, dtype=torch.float64) for value in (x_0, eps))
+        x_t = ddpm.q_sample(x_0, t, eps, bars)
+        close(x_t, np.broadcast_to(np.array(expected)[:, column, None, None, None], x_t.shape))
+
+
+# === 3. The network ===================================================================================================
+
+
+def test_timestep_embedding(float64):
+    """Steps would be told apart in another way than the one described, or not at all."""
+    wave = [[f(t * 10000 ** (-i / 4)) for f in (math.cos, math.sin) for i in range(4)] for t in (0, 1, 37, 999)]
+    close(ddpm.timestep_embedding(torch.tensor([0, 1, 37, 999]), 8), wave)
+
+
+@pytest.mark.parametrize("channels", [[8], [4, 6], [5, 3, 7], [20, 12, 4], [4, 4, 4, 4]])
+@pytest.mark.parametrize("image_channels, image_size", [(1, 28), (3, 32)])
+def test_unet_shape(channels, image_channels, image_size):
+    """An image of another size would come out, or an untrained network would begin with noise of its own."""
+    model = ddpm.UNet(CONFIG | {"channels": channels, "image_channels": image_channels, "image_size": image_size})
+    x = noise(2, image_channels, image_size, image_size)
+    assert torch.equal(model(x, torch.tensor([0, 999]), torch.tensor([3, 10])), torch.zeros_like(x))
+
+
+def test_unet_levels():
+    """The image would not be halved from level to level, or come back through other sizes than it went."""
+    model, shapes = random_unet(channels=[4, 6, 8, 10], image_size=28), []
+    for block in [*model.encoder, *model.decoder]:
+        block.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    model(noise(1, 1, 28, 28), torch.tensor([5]), torch.tensor([3]))
+    down = [(4, 28, 28), (6, 14, 14), (8, 7, 7), (10, 4, 4)]
+    assert shapes == down + down[::-1]
+
+
+def test_too_many_levels():
+    """A single pixel would be halved again, to no avail and without a word."""
+    ddpm.UNet(CONFIG | {"channels": [4] * 3})  # 8, 4, 2
+    with pytest.raises(ValueError):
+        ddpm.UNet(CONFIG | {"channels": [4] * 5})  # 8, 4, 2, 1, 1
+
+
+def test_unet_sees_image_time_and_class(float64):
+    """The network would ignore one of its inputs, or an image's noise would depend on the others of its batch."""
+    model, x, t, y = random_unet(), noise(3, 1, 8, 8), torch.tensor([7, 7, 7]), torch.tensor([2, 2, 2])
+    out = model(x, t, y)
+    for changed in model(-x, t, y), model(x, t + 1, y), model(x, t, y + 1), model(x, t, y * 0 + 10):
+        assert ((changed - out).abs().amax(dim=(1, 2, 3)) > 1e-3).all()
+    close(model(torch.cat([x[:1], 100 * x[1:]]), torch.tensor([7, 0, 49]), torch.tensor([2, 9, 10]))[0], out[0])
+
+
+@pytest.mark.parametrize("own, other", [("time_proj", "class_proj"), ("class_proj", "time_proj")])
+def test_each_block_is_told_of_time_and_of_class(float64, own, other):
+    """A residual block would lack one of its two projections, or feed it with the wrong embedding."""
+    blocks = res_blocks(random_unet())
+    assert len(blocks) == 6  # two down, two in the middle, two up
+    for block in blocks:
+        x, emb = noise(1, block.norm1.num_channels, 4, 4), {own: noise(1, 16, seed=1), other: noise(1, 16, seed=2)}
+
+        def change(name):
+            """How far the output moves with the embedding that this projection reads."""
+            a, b = (emb | {name: sign * emb[name]} for sign in (1, -1))
+            return (block(x, a["time_proj"], a["class_proj"]) - block(x, b["time_proj"], b["class_proj"])).abs().max()
+
+        assert change(own) > 1e-3
+        torch.nn.init.zeros_(getattr(block, own).weight)
+        assert change(own) == 0 and change(other) > 1e-3
+
+
+def test_linear_projection_is_a_1x1_convolution(float64):
+    """What the docstring says about the two projections would be untrue."""
+    model, args = random_unet(), (noise(2, 1, 8, 8), torch.tensor([3, 40]), torch.tensor([1, 10]))
+    before = model(*args)
+    for block in res_blocks(model):
+        for name in "time_proj", "class_proj":
+            linear = getattr(block, name)
+            conv = torch.nn.Conv2d(linear.in_features, linear.out_features, 1).requires_grad_(False)
+            conv.load_state_dict({"weight": linear.weight[:, :, None, None], "bias": linear.bias})
+            setattr(block, name, torch.nn.Sequential(torch.nn.Unflatten(1, (-1, 1, 1)), conv, torch.nn.Flatten()))
+    close(model(*args), before)
+
+
+def test_attention_is_softmax_of_products(float64):
+    """Positions would be weighed, scaled or put back otherwise than in Vaswani et al."""
+    attention, x = random_unet().attention, noise(1, 6, 2, 3)
+    h = F.group_norm(x, attention.norm.num_groups, attention.norm.weight, attention.norm.bias)[0].flatten(1).T  # (6, C)
+    (wq, wk, wv), (bq, bk, bv) = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
+    out = x.clone()
+    for i in range(6):  # what position i takes over from all positions j
+        weights = [math.exp((wq @ h[i] + bq) @ (wk @ h[j] + bk) / 6**0.5) for j in range(6)]
+        value = sum(weight * (wv @ h[j] + bv) for j, weight in enumerate(weights)) / sum(weights)
+        out[0, :, i // 3, i % 3] += attention.out.weight @ value + attention.out.bias
+    close(attention(x), out)
+
+
+# === 4. The training objective ========================================================================================
+
+BARS = torch.tensor(alpha_bars()[:-1])  # float32, as in training
+
+
+def test_loss_is_zero_for_the_true_noise():
+    """The network would be asked about another t or x_t than the one whose noise it is graded on."""
+    torch.manual_seed(0)
+    x_0 = torch.rand(64, 1, 8, 8) * 2 - 1
+    assert ddpm.ddpm_loss(oracle(x_0), x_0, torch.arange(64) % 10, BARS) < 1e-9
+
+
+def test_loss_draws_every_step_and_standard_noise():
+    """The first or the last t would never be trained, or the noise or the loss have another scale than 1."""
+    torch.manual_seed(0)
+    model = Fake(lambda x_t, t, y: 0 * x_t)
+    loss = ddpm.ddpm_loss(model, torch.ones(10000, 1, 2, 2), torch.zeros(10000).long(), BARS[:5])
+    assert abs(loss - 1) < 5 * (2 / 40000) ** 0.5  # five standard deviations of a mean of 40,000 squares
+    counts = torch.bincount(model.asked[0][1])
+    assert len(counts) == 5 and (counts - 2000).abs().max() < 5 * (10000 * 0.2 * 0.8) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_labels_are_dropped(share):
+    """Guidance would lack its unconditional half, or the network lose other labels than those it should."""
+    torch.manual_seed(0)
+    model, y = Fake(lambda x_t, t, y: x_t), torch.arange(8000) % 10
+    ddpm.ddpm_loss(model, torch.zeros(8000, 1, 1, 1), y, BARS, class_dropout=share)
+    dropped = model.asked[0][2] == 10
+    assert torch.equal(model.asked[0][2][~dropped], y[~dropped])
+    assert abs(dropped.float().mean() - share) <= 5 * (share * (1 - share) / 8000) ** 0.5
+
+
+def test_every_parameter_is_trained():
+    """Some layer would take no part in the prediction, and stay as it was initialised."""
+    torch.manual_seed(0)
+    model = random_unet(channels=[4, 6, 8]).requires_grad_(True)
+    ddpm.ddpm_loss(model, noise(64, 1, 8, 8), torch.arange(64) % 10, BARS, class_dropout=0.5).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+    assert (model.class_emb.weight.grad.abs().amax(dim=1) > 0).all()  # "no class" is a row like the others
+
+
+# === 5. Sampling ======================================================================================================
+
+STEPS_BACK = [(t, t - 1) for t in range(1, T)] + [(49, 29), (40, 5), (20, 0)]  # the last three leave out steps
+
+
+@pytest.mark.parametrize("t, t_prev", STEPS_BACK)
+def test_posterior_is_bayes_rule(t, t_prev):
+    """A step back would not undo the noising of that step, or Ho's and Song's rule would differ at full noise."""
+    bar, bar_prev, x_0, x_t = alpha_bars()[t], alpha_bars()[t_prev], 0.7, -1.3
+    alpha = math.prod(1 - beta for beta in ddpm.beta_schedule("linear", T)[t_prev + 1 : t + 1].tolist())
+    # q(x_{t-1} | x_t, x_0) ∝ N(x_t; √α x_{t-1}, β) N(x_{t-1}; √ᾱ_{t-1} x_0, 1-ᾱ_{t-1}): the precisions add up
+    from_x_t, from_x_0 = alpha / (1 - alpha), 1 / (1 - bar_prev)
+    bayes_mean = (from_x_t * x_t / alpha**0.5 + from_x_0 * bar_prev**0.5 * x_0) / (from_x_t + from_x_0)
+    mean, sigma = ddpm.posterior_step(x_0, x_t, bar, bar_prev)
+    close([mean, sigma], [bayes_mean, (from_x_t + from_x_0) ** -0.5])
+    eps = (x_t - bar**0.5 * x_0) / (1 - bar) ** 0.5  # the noise that x_0 implies; with it,
+    close(mean, (x_t - (1 - alpha) / (1 - bar) ** 0.5 * eps) / alpha**0.5)  # Eq. 11
+    close(ddpm.ddim_step(x_0, eps, bar, bar_prev, eta=1), [mean, sigma])
+
+
+@pytest.mark.parametrize("eta", [0, 0.3, 1])
+@pytest.mark.parametrize("t, t_prev", [*STEPS_BACK[::7], (30, -1), (0, -1)])
+def test_ddim_keeps_the_noise_level(t, t_prev, eta):
+    """After a step x would hold more or less noise than the network expects there, or in the end than none."""
+    bar, bar_prev = alpha_bars()[t], alpha_bars()[t_prev]
+    image, _ = ddpm.ddim_step(1.0, 0.0, bar, bar_prev, eta)
+    old_noise, sigma = ddpm.ddim_step(0.0, 1.0, bar, bar_prev, eta)
+    close([image**2, old_noise**2 + sigma**2], [bar_prev, 1 - bar_prev])
+    close(sigma, eta * ddpm.posterior_step(0.0, 0.0, bar, bar_prev)[1])
+    if t_prev == -1:
+        close(ddpm.posterior_step(0.7, -1.3, bar, bar_prev), [0.7, 0])
+
+
+@pytest.mark.parametrize("eta", [0, 0.5, 1])
+@pytest.mark.parametrize("steps", [1, 7, 49, T, T + 10])
+def test_sampler_finds_the_image_of_an_oracle(float64, steps, eta):
+    """The steps would not lead evenly from T-1 to the clean image, or noise would be left in it."""
+    x_0 = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = oracle(x_0)
+    close(ddpm.sample(model, [3, 4], steps=steps, eta=eta, guidance=1), x_0)
+    visited = [int(t[0]) for _, t, _ in model.asked]
+    gaps = -np.diff([*visited, -1])
+    assert visited[0] == T - 1 and len(visited) == min(steps, T) and gaps.min() > 0 and np.ptp(gaps) <= 1
+
+
+@pytest.mark.parametrize("eta, visited", [(1, range(49, -1, -1)), *((eta, range(49, 0, -10)) for eta in (0, 0.5, 1))])
+def test_sampler_is_the_published_algorithm(float64, eta, visited):
+    """The loop would not be Algorithm 2 (eta 1) or DDIM: in steps, noise, clipping or what clipping implies."""
+    model, clipped = Fake(lambda x_t, t, y: (3 * x_t + (t / 9 + y).view(-1, 1, 1, 1)).sin()), 0
+    got = ddpm.sample(model, [3, 8], steps=len(visited), eta=eta, guidance=1, seeds=[5, 6])
+    for label, seed, image in zip([3, 8], [5, 6], got):
+        stream = torch.Generator().manual_seed(seed)
+        x = torch.randn(1, 8, 8, generator=stream)
+        for t, t_prev in zip(visited, [*visited[1:], -1]):
+            bar, bar_prev = alpha_bars()[t], alpha_bars()[t_prev]
+            alpha, beta = bar / bar_prev, 1 - bar / bar_prev
+            raw = model(x[None], torch.tensor([t]), torch.tensor([label]))[0]
+            # x̂_0 lies in [-1, 1] exactly when the noise lies between that of a white and that of a black image.
+            eps = raw.clamp((x - bar**0.5) / (1 - bar) ** 0.5, (x + bar**0.5) / (1 - bar) ** 0.5)
+            clipped += (eps != raw).sum()
+            variance = eta**2 * (1 - bar_prev) / (1 - bar) * beta
+            if eta == 1:  # Ho et al., Eq. 11
+                x = (x - beta / (1 - bar) ** 0.5 * eps) / alpha**0.5
+            else:  # Song et al., Eq. 12
+                x = bar_prev**0.5 / bar**0.5 * (x - (1 - bar) ** 0.5 * eps) + (1 - bar_prev - variance) ** 0.5 * eps
+            if eta > 0 and t_prev >= 0:
+                x = x + variance**0.5 * torch.randn(1, 8, 8, generator=stream)
+        close(image, x, atol=1e-7)
+    assert clipped > 20  # or this would say nothing about clipping
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_an_image_depends_on_its_label_and_seed_alone(float64, eta):
+    """Images would change with the size of the batch, or sampling would disturb the random numbers of training."""
+    model, state = random_unet(), torch.get_rng_state()
+    draw = functools.partial(ddpm.sample, model, steps=10, eta=eta)
+    batch = draw([3, 1, 3], seeds=[7, 8, 9])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert batch.shape == (3, 1, 8, 8) and batch.abs().max() <= 1
+    for label, seed, image in zip([3, 1, 3], [7, 8, 9], batch):
+        close(draw([label], seeds=[seed])[0], image)
+    assert (batch[0] - batch[2]).abs().max() > 0.1  # the same label, another seed
+    assert (batch[0] - draw([1], seeds=[7])[0]).abs().max() > 1e-3  # the same seed, another label
+
+
+@pytest.mark.parametrize("guidance", [0, 0.5, 1, 3])
+def test_guidance(float64, guidance):
+    """The scale would mean something else than 0 unconditional, 1 conditional, and on in the same direction."""
+    model, x, y = random_unet(), noise(2, 1, 8, 8), torch.tensor([3, 8])
+    t, none = torch.tensor([20, 20]), torch.tensor([10, 10])
+    expected = (1 - guidance) * model(x, t, none) + guidance * model(x, t, y)
+    close(ddpm.predict_noise(model, x, 20, y, guidance), expected)
+
+
+@pytest.mark.parametrize("guidance, steps", [(2, range(10, 41)), (1, ()), (0, range(T))])
+def test_guidance_interval(guidance, steps):
+    """Guidance above 1 would act outside its interval, or the network be asked twice where once is enough."""
+    model = Fake(lambda x_t, t, y: 0 * x_t)
+    ddpm.sample(model, [3, 8], steps=T, guidance=guidance, guidance_interval=(0.2, 0.8))
+    for (_, t, y), step in zip(model.asked, reversed(range(T))):
+        assert (t == step).all() and sorted(y.tolist()) == ([3, 8, 10, 10] if step in steps else [3, 8])
+
+
+# === 6. Data, checkpoints, images =====================================================================================
+
+
+@pytest.mark.parametrize("train, count", [(True, 70), (False, 5)])
+def test_load_mnist(tmp_path, train, count):
+    """Pixels or labels would be read from the wrong place."""
+    images, labels = write_mnist(tmp_path)
+    x, y = ddpm.load_dataset("mnist", tmp_path, train=train)
+    assert x.dtype == torch.uint8 and y.dtype == torch.int64
+    assert np.array_equal(x, images[:count, None]) and np.array_equal(y, labels[:count])
+
+
+def test_load_cifar10(tmp_path, monkeypatch):
+    """Colours, rows or labels would be mixed up."""
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8), [3, 1, 4, 9]
+    batches = [{"data": pixels[i : i + 2].reshape(2, -1), "labels": labels[i : i + 2]} for i in (0, 2)]
+    folder, sums = tmp_path / "cifar-10-batches-py", []
+    folder.mkdir()
+    for name, contents in zip("abm", [*batches, {"label_names": ["airplane", "automobile"]}]):
+        (folder / name).write_bytes(pickle.dumps(contents))
+        sums.append([name, hashlib.md5(pickle.dumps(contents)).hexdigest()])
+    meta = {"filename": "m", "key": "label_names", "md5": sums[2][1]}
+    for name, value in ("train_list", sums[:2]), ("test_list", sums[:1]), ("meta", meta):
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
+    x, y = ddpm.load_dataset("cifar10", tmp_path)
+    assert np.array_equal(x, pixels) and y.tolist() == labels
+
+
+@cases("damage", {
+    "cut short": lambda images, labels: images.write_bytes(images.read_bytes()[:-1000]),
+    "empty": lambda images, labels: images.write_bytes(b""),
+    "wrong magic": lambda images, labels: images.write_bytes(b"\x1f\x8b" + images.read_bytes()[2:]),
+    "labels as images": lambda images, labels: images.write_bytes(labels.read_bytes()),
+    "images as labels": lambda images, labels: labels.write_bytes(images.read_bytes()),
+    "labels cut short": lambda images, labels: labels.write_bytes(labels.read_bytes()[:-1]),
+    "a label too few": lambda images, labels: write_idx(labels, np.arange(69, dtype=np.uint8) % 10),
+    "label out of range": lambda images, labels: write_idx(labels, np.full(70, 10, dtype=np.uint8)),
+    "other size": lambda images, labels: write_idx(images, np.zeros((70, 32, 32), dtype=np.uint8)),
+    "no images": lambda images, labels: write_idx(images, np.zeros((0, 28, 28), dtype=np.uint8)),
+})  # fmt: skip
+def test_damaged_data(tmp_path, capsys, damage):
+    """A damaged file would end in a traceback, or go into training as if it were right."""
+    write_mnist(tmp_path)
+    damage(*(tmp_path / f"MNIST/raw/train-{name}-ubyte" for name in ("images-idx3", "labels-idx1")))
+    line = error_of(capsys, "train", "--data-dir", tmp_path, "--out", tmp_path / "run", *FLAGS)
+    assert "MNIST/raw" in line and "train-images-idx3-ubyte" in line and not Path("run").exists()
+
+
+@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), http.client.RemoteDisconnected(), TimeoutError()])
+@pytest.mark.parametrize("dataset, folder, files", [
+    ("mnist", "MNIST/raw", [f"{s}-{n}-ubyte" for s in ("train", "t10k") for n in ("images-idx3", "labels-idx1")]),
+    ("cifar10", "", ["cifar-10-python.tar.gz"]),
+])  # fmt: skip
+def test_no_network(tmp_path, monkeypatch, capsys, error, dataset, folder, files):
+    """Without data and network, the user would not be told which files to put where."""
+    monkeypatch.setattr(urllib.request, "urlopen", functools.partial(no_network, error=error))
+    line = error_of(capsys, "train", "--dataset", dataset, "--data-dir", tmp_path / "d", *FLAGS)
+    assert "https://" in line and str(tmp_path / "d" / folder) in line and all(file in line for file in files)
+
+
+def test_save_is_atomic(tmp_path, monkeypatch):
+    """A full disk, or a kill in the middle of writing, would destroy the checkpoint that was there."""
+    path = tmp_path / "checkpoint.pt"
+    ddpm.save({"step": 1, "weights": torch.ones(1000)}, path)
+    before = path.read_bytes()
+
+    class FullDisk(io.FileIO):
+        def write(self, contents):
+            super().write(bytes(contents)[:100])
+            raise OSError("disk full")
+
+    fail = functools.partial(no_network, error=OSError("disk full"))
+    for module, name, broken in (os, "replace", fail), (os, "fsync", fail), (ddpm, "open", FullDisk):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(module, name, broken, raising=False)
+            ddpm.save({"step": 2, "weights": torch.zeros(1000)}, path)
+        assert path.read_bytes() == before
+    ddpm.save({"step": 2, "weights": torch.zeros(1000)}, path)
+    assert ddpm.load(path)["step"] == 2 and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+class Harmful:
+    """Whoever unpickles it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("harm"),)
+
+
+def weights(**changes):
+    """The bytes of a good weights.pt apart from the changes; what is None is left out."""
+    contents = {"format": ddpm.FORMAT, "config": CONFIG, "weights": ddpm.UNet(CONFIG).state_dict()} | changes
+    return archive({key: value for key, value in contents.items() if value is not None})
+
+
+@pytest.mark.filterwarnings("ignore")
+@cases("contents", {
+    "missing": lambda: None,
+    "empty": lambda: b"",
+    "random bytes": lambda: np.random.default_rng(0).bytes(5000),
+    "cut short": lambda: weights()[:-100],
+    "cut shorter": lambda: weights()[:2000],
+    "an empty zip": lambda: b"PK\x05\x06" + bytes(18),
+    "a pickle": lambda: pickle.dumps(Harmful()),
+    "a pickle inside": lambda: weights(weights=Harmful()),
+    "a list": lambda: archive([1, 2]),
+    "a tensor": lambda: archive(torch.zeros(3)),
+    "newer format": lambda: weights(format=ddpm.FORMAT + 1),
+    "no format": lambda: weights(format=None),
+    "no config": lambda: weights(config=None),
+    "no weights": lambda: weights(weights=None),
+    "empty weights": lambda: weights(weights={}),
+    "weights of another network": lambda: weights(config=CONFIG | {"channels": [4, 8]}),
+    "config of wrong type": lambda: weights(config=CONFIG | {"channels": "4 6"}),
+    "no channels": lambda: weights(config=CONFIG | {"channels": []}),
+})  # fmt: skip
+def test_bad_checkpoint(capsys, contents):
+    """A file that is no checkpoint would end in a traceback, or could run a program of its own."""
+    path, contents = Path("weights.pt"), contents()
+    if contents is not None:
+        path.write_bytes(contents)
+    with pytest.raises((ddpm.UserError, FileNotFoundError)):
+        ddpm.load_model(path)
+    assert "weights.pt" in error_of(capsys, "sample", "--checkpoint", path, "--device", "cpu")
+    assert not Path("harm").exists() and not Path("samples.png").exists()
+
+
+def test_default_weights(finished):
+    """Other weights than the newest of your own runs would be shown after training."""
+    assert ddpm.find_weights() == Path(ddpm.__file__).parent / "assets" / "mnist.pt"
+    for age, name in (20, "b"), (10, "c"), (30, "a"):
+        Path("runs", name).mkdir(parents=True)
+        shutil.copy(finished / "weights.pt", f"runs/{name}/weights.pt")
+        os.utime(f"runs/{name}/weights.pt", (1e9 - age, 1e9 - age))
+    assert ddpm.find_weights() == Path("runs/c/weights.pt")
+    assert ddpm.load_model().config["timesteps"] == T
+
+
+def test_to_image():
+    """Black and white would be swapped or wrap around, or colours and rows be mixed up."""
+    x = torch.tensor([-1.0, 0, 1, -3, 3, 0.5]).view(1, 1, 2, 3)
+    image, colour = ddpm.to_image(x), ddpm.to_image(torch.cat([x, -x, x], dim=1))
+    assert image.mode == "L" and image.size == (3, 2)
+    close(np.asarray(image), [[0, 127.5, 255], [0, 255, 191]], atol=0.5)
+    assert colour.mode == "RGB" and colour.getpixel((2, 0)) == (255, 0, 255)
+
+
+def test_generate_number(finished):
+    """The notebook example would not work, or draw another digit for the same seed."""
+    draw = functools.partial(ddpm.generate_number, ddpm.load_model(finished / "weights.pt"), label=5)
+    image = draw(seed=1)
+    assert isinstance(image, Image.Image) and image.size == (28, 28) and image.mode == "L"
+    assert image.tobytes() == draw(seed=1).tobytes() != draw(seed=2).tobytes()
+
+
+# === 7. Training ======================================================================================================
+
+
+def test_learning_rate():
+    """The curve would have a jump, pass its peak, not come to rest at 0, or teach the shortest of runs nothing."""
+    assert [ddpm.learning_rate(step, 105, 2.0) for step in range(5)] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    curve = [ddpm.learning_rate(step, 20000, 1.0) for step in range(20001)]
+    assert (np.diff(curve[:500]) > 0).all() and (np.diff(curve[500:]) < 0).all()
+    close(np.array(curve)[[0, 499, 500, 7000, 10250, 13500, 20000]], [1 / 500, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert ddpm.learning_rate(0, 1, 1.0) > 0
+
+
+def test_ema_closed_form(float64):
+    """Averaged weights would remember the random initial ones for too long, or be no average of the later ones."""
+    weights, model, ema = noise(16, 3), torch.nn.Linear(3, 1, bias=False), torch.nn.Linear(3, 1, bias=False)
+    ema.weight.data = weights[:1].clone()
+    for step, weight in enumerate(weights[1:]):
+        model.weight.data = weight[None]
+        ddpm.update_ema(ema, model, step, decay=0.5)
+    decays = np.minimum(0.5, (1 + np.arange(15)) / (10 + np.arange(15)))  # 0.1, 0.18, ..., 0.5 from step 8 on
+    shares = [math.prod(decays), *((1 - decays[k]) * math.prod(decays[k + 1 :]) for k in range(15))]
+    close(ema.weight[0].detach(), np.array(shares) @ weights.numpy())
+
+
+@pytest.mark.parametrize("step, lr", [(1, 4), (55, 5), (104, 10 * math.sin(math.pi / 200) ** 2)])
+def test_train_step(step, lr):
+    """Gradients would not be clipped to length 1, the learning rate not be that of the step, or the EMA stand still."""
+    torch.manual_seed(0)
+    model = random_unet().requires_grad_(True)
+    model.conv_out.weight.data *= 10  # far from any good prediction: a long gradient
+    ema, before = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"lr": 10, "class_dropout": 0.1, "ema_decay": 0.9}
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)  # it moves by learning rate times gradient
+    ddpm.train_step(model, ema, optimizer, noise(8, 1, 8, 8), torch.arange(8), BARS, step, 105, options)
+    old, new, mean = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (before, model, ema))
+    assert (new - old).norm().item() == pytest.approx(lr, rel=1e-3)
+    close(mean - old, (new - old) * (1 - min(0.9, (1 + step) / (10 + step))), atol=1e-5)
+    assert 0.05 * lr < (mean - old).norm() < 0.95 * lr
+
+
+def test_overfitted_model_draws_its_training_images():
+    """All parts may look right and still not learn, or learn something else than the sampler needs."""
+    images = -torch.ones(3, 1, 8, 8)
+    images[0, :, :, :4] = images[1, :, :4] = 1  # the left half, the upper half, two opposite quarters
+    images[2, :, :4, :4] = images[2, :, 4:, 4:] = 1
+    torch.manual_seed(0)
+    model = ddpm.UNet(CONFIG | {"channels": [16, 32], "classes": list("abc"), "schedule": "cosine"})
+    ema, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters())
+    options = {"lr": 5e-3, "class_dropout": 0.1, "ema_decay": 0.98}
+    bars, y = torch.tensor(alpha_bars(T, "cosine")[:-1]), torch.arange(24) % 3
+    for step in range(500):
+        ddpm.train_step(model, ema, optimizer, images[y], y, bars, step, 500, options)
+    samples = ddpm.sample(ema, [0, 1, 2] * 4, steps=20, guidance=1)
+    errors = (samples - images.repeat(4, 1, 1, 1)).abs().mean(dim=(1, 2, 3))
+    assert errors.max() < 0.5, errors  # the other two images are at distance 1
+
+
+def test_files_of_a_run(finished):
+    """A run would not leave what its help promises, or leave files that only the program that wrote them can load."""
+    files = "checkpoint.pt log.csv samples_002.png samples_004.png weights.pt".split()
+    assert sorted(path.name for path in finished.iterdir()) == files
+    assert [row["epoch"] + row["step"] for row in read_log(finished)] == ["14", "28", "312", "416"]
+    assert Image.open(finished / "samples_004.png").size == (10 * 30 + 2, 5 * 30 + 2)
+    checkpoint, weights = read(finished / "checkpoint.pt"), read(finished / "weights.pt")["weights"]
+    assert set(checkpoint["model"]) == set(checkpoint["ema"]) == set(weights) == set(ddpm.UNet(CONFIG).state_dict())
+    for name, weight in weights.items():  # those for sampling are the averaged ones, in half precision
+        assert weight.dtype == torch.float16 and torch.equal(weight, checkpoint["ema"][name].half())
+    assert not torch.equal(checkpoint["ema"]["conv_in.weight"], checkpoint["model"]["conv_in.weight"])
+    model = ddpm.load_model(finished / "weights.pt")
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("number, steps", [(signal.SIGINT, 6), (signal.SIGTERM, 8)], ids=["mid-epoch", "epoch-end"])
+def test_resumed_run_is_the_uninterrupted_one(data, finished, tmp_path, monkeypatch, number, steps):
+    """A resumed run would forget its averages, optimizer, random state or place in the epoch, and end up elsewhere."""
+    train_step, done = ddpm.train_step, []
+
+    def interrupted(*args):
+        done.append(1)
+        if len(done) == steps:
+            signal.raise_signal(number)
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpm, "train_step", interrupted)
+        assert run("train", "--data-dir", data, "--out", tmp_path, *FLAGS) == 130
+    assert len(done) == steps and len(read_log(tmp_path)) == steps // 4
+    torch.manual_seed(999)  # what happens in between must not matter
+    assert run("train", "--data-dir", data, "--out", tmp_path, "--resume", "--device", "cpu") == 0
+    assert read_log(tmp_path) == read_log(finished)
+    a, b = read(tmp_path / "checkpoint.pt"), read(finished / "checkpoint.pt")
+    for network in "model", "ema":
+        assert all(torch.equal(weight, b[network][name]) for name, weight in a[network].items())
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("", "--resume"), ("--resume --lr 1", "lr"), ("--resume --channels 8 8", "channels"), ("--resume --seed 1", "seed"),
+])  # fmt: skip
+def test_run_is_not_overwritten(data, finished, capsys, flags, word):
+    """A run would be lost to a repeated command, or go on as something else than it began."""
+    before = (finished / "checkpoint.pt").read_bytes()
+    assert word in error_of(capsys, "train", "--data-dir", data, "--out", finished, *FLAGS, *flags.split())
+    assert (finished / "checkpoint.pt").read_bytes() == before
+
+
+def test_longer_run(data, finished, tmp_path):
+    """A finished run could not be made longer."""
+    folder = shutil.copytree(finished, tmp_path / "longer")
+    assert run("train", "--data-dir", data, "--out", folder, "--resume", "--epochs", 5, "--device", "cpu") == 0
+    assert [row["step"] for row in read_log(folder)] == ["4", "8", "12", "16", "20"]
+    assert read_log(folder)[:4] == read_log(finished)
+
+
+def test_seed_of_training(data, finished, tmp_path):
+    """Two runs with different seeds would be the same run."""
+    assert run("train", "--data-dir", data, "--out", tmp_path, *FLAGS, "--seed", 1) == 0
+    a, b = (read(folder / "weights.pt")["weights"]["conv_in.weight"] for folder in (tmp_path, finished))
+    assert not torch.equal(a, b)
+
+
+# === 8. The command line ==============================================================================================
+
+
+def test_sample(finished, capsys):
+    """Labels would stand in another order than asked for, in a grid of another shape, or in files of another name."""
+    flags = ["--checkpoint", finished / "weights.pt", "--steps", 2, "--device", "cpu", "--seed", 5]
+    assert run("sample", *flags, "--label", 3) == 0
+    assert str(finished / "weights.pt") in capsys.readouterr().out
+    assert Image.open("samples.png").size == (4 * 30 + 2, 4 * 30 + 2)  # 16 images with 2 pixels between them
+    for out in "new/row.png", "new/all":
+        assert run("sample", *flags, "--label", 2, 0, 2, 6, "--count", 3, "--out", out) == 0
+    grid = Image.open("new/row.png")
+    assert grid.size == (4 * 30 + 2, 3 * 30 + 2)
+    names = [f"{label}_{i:05d}.png" for i, label in enumerate([2, 0, 2, 6] * 3)]
+    assert sorted(path.name for path in Path("new/all").iterdir()) == sorted(names)
+    for i, name in enumerate(names):
+        image, left, top = Image.open(f"new/all/{name}"), 2 + 30 * (i % 4), 2 + 30 * (i // 4)
+        assert image.size == (28, 28) and image.mode == "L"
+        assert np.array_equal(grid.convert("L").crop((left, top, left + 28, top + 28)), image)
+
+
+@pytest.mark.parametrize("command", [
+    "", "paint", "sample --label", "sample --count 0", "sample --steps 0", "sample --steps 1.5", "sample --eta 1.1",
+    "sample --eta nan", "sample --guidance -1", "sample --guidance x", "sample --guidance-interval 0.2",
+    "sample --guidance-interval 0 2", "sample --seed -1", "sample --seed 1.5", "sample --device abacus",
+    "train --dataset dogs", "train --epochs 0", "train --batch-size 0", "train --lr -1", "train --lr nan",
+    "train --timesteps 0", "train --schedule quadratic", "train --channels 0", "train --channels 4 x",
+    "train --class-dropout 2", "train --ema-decay -1", "train --sample-every 0", "train --seed 99999999999",
+    "train --device abacus", "shapes --dataset dogs", "shapes --channels 4 0",
+])  # fmt: skip
+def test_bad_flag(command, capsys):
+    """A wrong value would go unnoticed, or end in a traceback instead of the usage."""
+    with pytest.raises(SystemExit) as stop:
+        run(*command.split())
+    assert stop.value.code == 2 and "usage: ddpm.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--label 12", "12"), ("--label 3 10", "10"), ("--label=-1", "-1"), ("--label x", "x"), ("--label 1.5", "1.5"),
+    ("--out file", "file"), ("--out file/a.png", "file"), ("--out row.jpg", "--out"),
+])  # fmt: skip
+def test_impossible_sample(finished, capsys, flags, word):
+    """What only the checkpoint or the disk can tell to be wrong would end in a traceback, or leave things behind."""
+    Path("file").write_text("mine")
+    flags = ["--checkpoint", finished / "weights.pt", "--device", "cpu", *flags.split()]
+    assert word in error_of(capsys, "sample", *flags)
+    assert Path("file").read_text() == "mine" and [path.name for path in Path().iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("flags", ["--resume", "--resume --out run", "--out file", "--channels 4 4 4 4 4 4 4 4"])
+def test_impossible_training(data, finished, capsys, flags):
+    """What argparse cannot see to be wrong would end in a traceback, or leave a run behind that is none."""
+    Path("file").write_text("mine")
+    Path("run").mkdir()
+    shutil.copy(finished / "weights.pt", "run/checkpoint.pt")  # not enough to go on from
+    error_of(capsys, "train", "--data-dir", data, *FLAGS, *flags.split())
+    assert Path("file").read_text() == "mine" and sorted(path.name for path in Path().iterdir()) == ["file", "run"]
+
+
+@pytest.mark.parametrize("dataset, channels, image_channels, size, bottom", [
+    ("mnist", [32, 64, 128, 256], 1, 28, "(256, 4, 4)"), ("cifar10", [4, 6], 3, 32, "(6, 16, 16)"),
+])  # fmt: skip
+def test_shapes(capsys, dataset, channels, image_channels, size, bottom):
+    """The table would show other shapes than the network has, or not add up to it."""
+    assert run("shapes", "--dataset", dataset, "--channels", *channels) == 0
+    *blocks, total = capsys.readouterr().out.splitlines()[1:]
+    numbers = [int(line.split()[-1].replace(",", "")) for line in [*blocks, total]]
+    model = ddpm.UNet(CONFIG | {"channels": channels, "image_channels": image_channels, "image_size": size})
+    assert numbers[-1] == sum(p.numel() for p in model.parameters()) == sum(numbers[:-1])
+    assert any(line.startswith("middle_out") and bottom in line for line in blocks)
+
+
+LOOK = """[torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
+    torch.get_num_threads(), socket.getdefaulttimeout(), signal.getsignal(signal.SIGINT)]"""
+
+
+@pytest.mark.parametrize("args, status, error", [
+    (["-c", f"import signal, socket, torch; before = {LOOK}; import ddpm; assert {LOOK} == before"], 0, ""),
+    ([ddpm.__file__, "sample", "--checkpoint", "missing.pt"], 1, "ddpm.py: error: "),
+], ids=["import", "command"])  # fmt: skip
+def test_in_a_process_of_its_own(tmp_path, args, status, error):
+    """An import would change settings of its notebook, or an error show a traceback and not be seen by a script."""
+    env = os.environ | {"PYTHONPATH": str(Path(ddpm.__file__).parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, "") and not list(tmp_path.iterdir())
+    assert done.stderr.startswith(error) and done.stderr.count("\n") == (1 if error else 0)
