@@ -55,6 +55,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 import zipfile
 from datetime import timedelta
 from http.client import HTTPException
@@ -651,12 +652,11 @@ def read_digit(path, size=28):
     UserError when the file is not an image, too large, or shows nothing.
     """
     try:
-        image = Image.open(path)
-        if image.width * image.height > 50_000_000:
-            raise UserError(f"{path} has {image.width}x{image.height} pixels: make it smaller")
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels and more
+            image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
     image.thumbnail((200, 200))  # enough for a digit, and the mean of many pixels has less noise
     grey = torchvision.transforms.functional.to_tensor(image)[0]  # (height, width) in [0, 1]
@@ -821,13 +821,13 @@ def train(args):
     model = UNet(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
+    parts = {"model": model, "ema": ema, "optimizer": optimizer}
     rng = torch if device.type == "cpu" else getattr(torch, device.type)  # where the random state of the device lives
     step, history, loss_sum = 0, [], torch.zeros((), device=device)
     if saved:
         try:
-            model.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            optimizer.load_state_dict(saved["optimizer"])
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
             step, history = saved["step"], saved["history"]
             loss_sum += saved["loss_sum"]
             if saved["device"] == device.type:  # on another device the run goes on, with other noise
@@ -843,21 +843,14 @@ def train(args):
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float().to(device)
     network = torch.compile(model) if args.compile else model  # a faster view of the same weights
 
-    # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent. A second Ctrl-C
-    # ends the program at once.
+    # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent.
     stop = []
-
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        signal.signal(number, lambda number, frame: stop.append(number))
 
     out.mkdir(parents=True, exist_ok=True)
-    parameters = f"{count_parameters(model) / 1e6:.1f}M parameters"
-    print(f"{len(images)} images of {options['dataset']}, {parameters}, on {device}, into {out}", flush=True)
-    first_step, order = step, None
+    print(f"{len(images)} images of {options['dataset']}, {epochs} epochs, on {device}, into {out}", flush=True)
+    first_step, order, rate = step, None, 0
     started_at = saved_at = shown_at = time.monotonic()
     while step < total_steps:
         epoch, position = divmod(step, steps_per_epoch)
@@ -890,10 +883,9 @@ def train(args):
                 grid = sample(ema, list(range(model.num_classes)) * 5)
                 to_image(grid, columns=model.num_classes).save(out / f"samples_{epoch + 1:03d}.png")
         if save_now:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "history": history, "loss_sum": loss_sum.item()}
-            state |= {"device": device.type, "random_state": rng.get_rng_state()}
-            save({"config": config, "options": options, **state}, out / "checkpoint.pt")
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"options": options, "step": step, "history": history, "loss_sum": loss_sum.item()}
+            save({**state, "device": device.type, "random_state": rng.get_rng_state()}, out / "checkpoint.pt")
             save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
             with open(out / "log.csv", "w", newline="") as file:  # all of it: no row twice, none missing
                 csv.writer(file).writerows([["epoch", "step", "loss", "lr", "images_per_s"], *history])
@@ -903,10 +895,8 @@ def train(args):
             show(f"stopped at step {step} of {total_steps}; to go on, give the same command with --resume", last=True)
             return 130
 
-    if step > first_step:
-        seconds = time.monotonic() - started_at
-        rate = (step - first_step) * batch_size / seconds
-        print(f"{step - first_step} steps in {timedelta(seconds=round(seconds))}, {rate:.0f} images/s")
+    seconds = round(time.monotonic() - started_at)
+    print(f"{step - first_step} steps in {timedelta(seconds=seconds)}, {rate:.0f} images/s")
     print(f"weights, log and images are in {out}; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
     return 0
 

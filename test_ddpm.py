@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 import ddpm
@@ -150,6 +150,29 @@ def read_log(folder):
         return [{key: value for key, value in row.items() if key != "images_per_s"} for row in csv.DictReader(file)]
 
 
+def drawing(stroke, paper, size=(300, 400), light=0.0, grain=0.0):
+    """A four as somebody may draw it on paper, with light from the right and a grainy camera."""
+    image = Image.new("RGB", size, paper)
+    draw = ImageDraw.Draw(image)
+    draw.line([(110, 110), (100, 190), (105, 210), (210, 205)], fill=stroke, width=18, joint="curve")
+    draw.line([(190, 140), (182, 210), (172, 300)], fill=stroke, width=18)
+    shade = 1 - light + light * np.linspace(0, 1, size[0])[None, :, None]
+    pixels = np.asarray(image) * shade + np.random.default_rng(0).normal(0, grain, (size[1], size[0], 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def transparent(image):
+    """Black ink on nothing: what is white becomes transparent."""
+    image.putalpha(Image.eval(image.convert("L"), lambda grey: 255 - grey))
+    return image
+
+
+def png(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def float64():
     """Networks and noise that are made in the test are in float64."""
@@ -250,13 +273,15 @@ def test_unet_shape(channels, image_channels, image_size):
 
 
 def test_unet_levels():
-    """The image would not be halved from level to level, or come back through other sizes than it went."""
-    model, shapes = random_unet(channels=[4, 6, 8, 10], image_size=28), []
+    """The image would not be halved from level to level, or not get its details back from the skip connections."""
+    model, seen = random_unet(channels=[4, 6, 8, 10], image_size=28), []
     for block in [*model.encoder, *model.decoder]:
-        block.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+        block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0][0], output[0])))
     model(noise(1, 1, 28, 28), torch.tensor([5]), torch.tensor([3]))
-    down = [(4, 28, 28), (6, 14, 14), (8, 7, 7), (10, 4, 4)]
-    assert shapes == down + down[::-1]
+    shapes = [(4, 28, 28), (6, 14, 14), (8, 7, 7), (10, 4, 4)]
+    assert [tuple(output.shape) for _, output in seen] == shapes + shapes[::-1]
+    for (_, skip), (joined, _) in zip(seen[:4], reversed(seen[4:])):
+        assert torch.equal(joined[-len(skip) :], skip) and skip.abs().max() > 0
 
 
 def test_too_many_levels():
@@ -465,6 +490,28 @@ def test_guidance_interval(guidance, steps):
         assert (t == step).all() and sorted(y.tolist()) == ([3, 8, 10, 10] if step in steps else [3, 8])
 
 
+def test_inversion_closed_form(float64):
+    """The loop would not run through the same steps backwards, or not keep image and noise at their shares."""
+    eps, x_0 = noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1).clamp(-1, 1)
+    model = Fake(lambda x_t, t, y: eps)  # the same noise at all times: it and x_0 are all there is in x_T
+    x_T = ddpm.invert(model, x_0, [3, 4], steps=7)
+    close(x_T, alpha_bars()[T - 1] ** 0.5 * x_0 + (1 - alpha_bars()[T - 1]) ** 0.5 * eps)
+    assert [int(t[0]) for _, t, _ in model.asked] == [6, 13, 20, 28, 35, 42, 49]
+    assert all(torch.equal(y, torch.tensor([3, 4])) for _, _, y in model.asked)
+    close(ddpm.sample(model, [3, 4], steps=7, guidance=1, x_T=x_T), x_0)
+
+
+def test_inversion_with_the_shipped_weights():
+    """Handwriting would be lost: the noise found for an image would not lead back to that image."""
+    model = ddpm.load_model(Path(ddpm.__file__).parent / "assets" / "mnist.pt")
+    x_0 = ddpm.sample(model, [4, 7], steps=25)
+    x_T = ddpm.invert(model, x_0, [4, 7], steps=25)
+    back = ddpm.sample(model, [4, 7], steps=25, guidance=1, x_T=x_T)
+    errors, strangers = (back - x_0).abs().mean(dim=(1, 2, 3)), (x_0[0] - x_0[1]).abs().mean()
+    assert errors.max() < 0.1 and strangers > 0.2
+    assert (x_T.std(dim=(1, 2, 3)) - 1).abs().max() < 0.1  # noise of the size that the sampler starts from
+
+
 # === 6. Data, checkpoints, images =====================================================================================
 
 
@@ -619,6 +666,66 @@ def test_generate_number(finished):
     assert image.tobytes() == draw(seed=1).tobytes() != draw(seed=2).tobytes()
 
 
+@pytest.mark.parametrize("steps, frames", [(3, 4), (50, 51), (99, 60)])
+def test_film(steps, frames):
+    """A film would lack its beginning or end, flash by, or show other images than the sampler held."""
+    Path("weights.pt").write_bytes(weights(config=CONFIG | {"timesteps": 100}, weights=random_unet().state_dict()))
+    flags = ["--checkpoint", "weights.pt", "--device", "cpu", "--steps", steps, "--label", 1, 2]
+    assert run("sample", *flags, "--gif", "films/film.gif") == 0
+    grid, strip = np.asarray(Image.open("samples.png").convert("L")), Image.open("films/film.png").convert("L")
+    with Image.open("films/film.gif") as film:
+        assert film.n_frames == frames
+        durations = []
+        for i in range(frames):
+            film.seek(i)
+            durations.append(film.info["duration"])
+        assert 2900 < sum(durations[:-1]) <= 4000 and durations[-1] == 2000
+        close(np.asarray(film.convert("L"))[1::3, 1::3].astype(int), grid, atol=8)  # a GIF has few shades of grey
+        film.seek(0)
+        first = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
+        close(np.asarray(film.convert("L"))[7:31:3, 7:31:3].astype(int), ddpm.to_image(first[None]), atol=8)
+    columns = min(10, steps + 1)
+    assert strip.size == (columns * 10 + 2, 2 * 10 + 2)
+    for box in (-10, 2), (-10, 12):  # both rows end with the finished image, the first one of the grid
+        left, top = strip.width + box[0], box[1]
+        assert np.array_equal(strip.crop((left, top, left + 8, top + 8)), grid[2:10, 2:10])
+    assert not np.array_equal(strip.crop((2, 2, 10, 10)), strip.crop((2, 12, 10, 20)))
+
+
+@cases("image", {
+    "ink on paper": lambda: drawing("black", "white"),
+    "chalk on a board": lambda: drawing("white", "black"),
+    "photograph": lambda: drawing((30, 40, 110), (232, 224, 200), light=0.45, grain=9),
+    "small and grey": lambda: drawing("black", "white").convert("L").resize((75, 100), Image.Resampling.BOX),
+    "transparent": lambda: transparent(drawing("black", "white")),
+    "turned by the camera": lambda: drawing("black", "white").transpose(Image.Transpose.ROTATE_90),
+})  # fmt: skip
+def test_read_digit(image, request):
+    """A photograph of a digit would not come out as MNIST would show it: white on black, in the box, in the middle."""
+    drawing("black", "white").save("clean.png")
+    clean, picture = ddpm.read_digit("clean.png"), image()
+    exif = Image.Exif()
+    exif[0x0112] = 6 if request.node.callspec.id == "turned by the camera" else 1  # how the camera was held
+    picture.save("digit.png" if picture.mode == "RGBA" else "digit.jpg", exif=exif, quality=90)
+    x_0 = ddpm.read_digit("digit.png" if picture.mode == "RGBA" else "digit.jpg")
+    assert x_0.shape == (1, 1, 28, 28) and x_0.min() == -1 and x_0.max() == 1
+    assert (x_0 - clean).abs().mean() < 0.06
+    ink = (x_0[0, 0] + 1) / 2
+    box = (ink > 0.2).nonzero()
+    assert (box.amax(dim=0) - box.amin(dim=0) + 1).max() in (19, 20)
+    centre = (ink[None] * torch.stack(torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij"))).sum((1, 2))
+    assert (centre / ink.sum() - 14).abs().max() <= 0.55
+
+
+def test_a_digit_of_mnist_is_left_as_it_is():
+    """Images that are as MNIST has them would come out moved, scaled or paled."""
+    drawing("white", "black").save("digit.png")
+    x_0 = ddpm.read_digit("digit.png")
+    ddpm.to_image(x_0).save("again.png")
+    assert (ddpm.read_digit("again.png") - x_0).abs().max() < 0.4
+    assert (ddpm.read_digit("again.png") - x_0).abs().mean() < 0.03
+
+
 # === 7. Training ======================================================================================================
 
 
@@ -758,6 +865,97 @@ def test_sample(finished, capsys):
         image, left, top = Image.open(f"new/all/{name}"), 2 + 30 * (i % 4), 2 + 30 * (i // 4)
         assert image.size == (28, 28) and image.mode == "L"
         assert np.array_equal(grid.convert("L").crop((left, top, left + 28, top + 28)), image)
+
+
+@pytest.mark.parametrize("name, number", [("3", 3), ("ankle boot", 9), ("Ankle Boot", 9), ("bag", 8), ("9", 9)])
+def test_class_names(name, number):
+    """A label would draw something else than it says."""
+    assert ddpm.class_number(name, ddpm.DATASETS["fashion-mnist"][1]["classes"]) == number
+    assert ddpm.class_number(str(number), ddpm.DATASETS["mnist"][1]["classes"]) == number
+
+
+def test_rows_are_in_one_hand(finished):
+    """The digits of a number would each begin with a noise of their own, or all rows with the same."""
+    weights = ["--checkpoint", finished / "weights.pt", "--device", "cpu", "--steps", 3]
+    assert run("sample", *weights, "--label", 2, 0, 2, 6, "--count", 2, "--out", "number") == 0
+    images = [np.asarray(Image.open(path)).tobytes() for path in sorted(Path("number").glob("2_*"))]
+    assert images[0] == images[1] != images[2] == images[3]
+    assert run("sample", *weights, "--label", 2, "--count", 4, "--out", "twos") == 0
+    assert len({np.asarray(Image.open(path)).tobytes() for path in Path("twos").iterdir()}) == 4
+
+
+def test_files_do_not_depend_on_the_batch(finished, monkeypatch):
+    """A long job would draw other images than a short one, or lose what it had written when it is stopped."""
+    flags = ["--checkpoint", finished / "weights.pt", "--device", "cpu", "--steps", 3, "--label", 4, "--count", 5]
+    assert run("sample", *flags, "--out", "a") == 0
+    monkeypatch.setattr(ddpm, "BATCH", 2)
+    assert run("sample", *flags, "--out", "b") == 0
+    for path in Path("a").iterdir():
+        close(np.asarray(Image.open(path)).astype(int), np.asarray(Image.open(Path("b", path.name))), atol=1)
+    sample, calls = ddpm.sample, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(ddpm, "sample", stopped)
+    assert run("sample", *flags, "--out", "c") == 130
+    assert sorted(path.name for path in Path("c").iterdir()) == [f"4_{i:05d}.png" for i in range(4)]
+
+
+def test_handwriting(finished):
+    """The digits of a row would begin with other noise than that of the image, or be written with its label."""
+    drawing("black", "white").save("four.png")
+    flags = ["--checkpoint", finished / "weights.pt", "--device", "cpu", "--steps", 3, "--label", 1, 4, "--out", "a"]
+    assert run("sample", *flags, "--like", "four.png", "--like-label", 4, "--seed", 1) == 0
+    model = ddpm.load_model(finished / "weights.pt")
+    x_T = ddpm.invert(model, ddpm.read_digit("four.png"), [4], steps=3)
+    for i, label in enumerate([1, 4]):
+        expected = ddpm.to_image(ddpm.sample(model, [label], steps=3, x_T=x_T))
+        close(np.asarray(Image.open(f"a/{label}_{i:05d}.png")).astype(int), np.asarray(expected), atol=1)
+
+
+@cases("contents", {
+    "missing": lambda: None,
+    "empty": lambda: b"",
+    "text": lambda: b"a four",
+    "blank": lambda: png(Image.new("L", (40, 40), 200)),
+    "one pixel": lambda: png(Image.new("L", (1, 1), 200)),
+    "cut short": lambda: png(drawing("black", "white"))[:-400],
+    "damaged": lambda: png(drawing("black", "white"))[:60] + bytes(500),
+    "huge": lambda: png(Image.new("1", (10000, 10000))),
+    "a bomb": lambda: png(Image.new("1", (16000, 16000))),
+})  # fmt: skip
+def test_bad_digit(finished, capsys, contents):
+    """A file that shows no digit would end in a traceback, fill the memory, or become some digit."""
+    data = contents()
+    if data is not None:
+        Path("four.png").write_bytes(data)
+    flags = ["--checkpoint", finished / "weights.pt", "--device", "cpu", "--like", "four.png", "--like-label", 4]
+    assert "four.png" in error_of(capsys, "sample", *flags)
+    assert not Path("samples.png").exists()
+
+
+@pytest.mark.parametrize("flags, word", [
+    ("--like four.png", "--like-label"), ("--like four.png --like-label 12", "12"), ("--gif film.png", ".gif"),
+    ("--gif file/film.gif", "file"), ("--gif film.gif --count 1000", "1000"),
+])  # fmt: skip
+def test_impossible_extras(finished, capsys, flags, word):
+    """A flag that lacks its companion, or asks for too much, would end in a traceback or be ignored."""
+    drawing("black", "white").save("four.png")
+    Path("file").write_text("mine")
+    error = error_of(capsys, "sample", "--checkpoint", finished / "weights.pt", "--device", "cpu", "--steps", 2, *flags.split())
+    assert word in error and not Path("samples.png").exists()
+
+
+def test_handwriting_needs_grey_images(capsys):
+    """A model of colour images would be given a grey one."""
+    drawing("black", "white").save("four.png")
+    colour = CONFIG | {"image_channels": 3}
+    Path("weights.pt").write_bytes(weights(config=colour, weights=ddpm.UNet(colour).state_dict()))
+    assert "grey" in error_of(capsys, "sample", "--checkpoint", "weights.pt", "--like", "four.png", "--like-label", 4)
 
 
 @pytest.mark.parametrize("command", [
