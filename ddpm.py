@@ -2,10 +2,10 @@
 """ddpm.py: a class-conditional diffusion model that draws handwritten digits, in one file to read from top to bottom.
 
 The idea, in five sentences. Take an image and add a little Gaussian noise to it, again and again, T times: what is left
-is pure noise. Train a neural network to look at such a noisy image and to predict all the noise that is in it. Removing
-all of that at once would give a blur, the average of every image it could have been. So, to draw a new image, start
-from pure noise, remove a little of the predicted noise, look again, and repeat. Tell the network, while it learns,
-which digit it is looking at, and it will draw the digit that you ask for.
+is pure noise. Stop after any number of these steps, and train a neural network to look at the noisy image and to
+predict all the noise in it. Removing all of that at once would give a blur, the average of all images that could have
+become this one. So, to draw a new image, start from pure noise, remove a little of the predicted noise, look again, and
+repeat. Tell the network, while it learns, which digit it is looking at, and it will draw the digit that you ask for.
 
 The four equations, with their numbers in Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv
 2006.11239). The class y is an addition to that paper; so is DDIM, the faster sampler that is used by default.
@@ -26,12 +26,14 @@ The names:
     x_0, x_t  x_0, x_t                      clean image, in [-1, 1]; noisy image              (B, C, H, W)
     ε, ε_θ    eps, eps_hat                  the noise in x_t; the network's prediction of it  (B, C, H, W)
     x̂_0       x_0_hat                       the clean image that eps_hat implies              (B, C, H, W)
+    μ̃_t, β̃_t  mean, variance                of x_{t-1}, if x_t and x_0 are known (section 5)
     σ_t       sigma                         standard deviation of the noise that a sampling step adds
+    η, S      eta, guidance                 two settings of the sampler (section 5)
     y         y                             class of each image; the number after the last class means "no class"  (B,)
 
     The paper counts t = 1..T, the code t = 0..T-1: alphas_cumprod[0] is the paper's ᾱ_1, one step of noise. The clean
     image comes before t = 0. In shapes, B is the batch, C the channels, H and W height and width, D the width of an
-    embedding. Comments give the shapes of 28x28 grey images and of the default channels 32, 64, 128, 256.
+    embedding; shape comments assume 28x28 grey images and the default channels 32, 64, 128, 256.
 
 Commands (each has --help):
 
@@ -46,7 +48,6 @@ From Python, model = ddpm.load_model() and then ddpm.generate_number(model, labe
 
 import argparse
 import copy
-import csv
 import io
 import math
 import os
@@ -84,21 +85,21 @@ class UserError(ValueError):
 # the network's input has about the same scale at every t.
 #
 # Why must β be small? Because only then is the *reverse* of a step, from x_t to x_{t-1}, close to a Gaussian too, and a
-# Gaussian is all that Algorithm 2 (section 5) can sample from. A big step backwards would have to choose between
+# Gaussian is what the sampler draws from. A big step backwards would have to choose between
 # different images; a small one only has to nudge.
 #
 # What a schedule must achieve is best seen in ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t: the share of the image's
 # variance that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. At the end √ᾱ_T
 # must be close to 0, because sampling starts from pure noise: any signal that x_T still held during training would be
-# missing there. With the linear schedule and T = 1000, √ᾱ_T is 0.006.
+# missing when sampling. With the linear schedule and T = 1000, √ᾱ_T is 0.006.
 
 
 def beta_schedule(schedule, timesteps):
     """The variance of the noise that each step adds.
 
     schedule is "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17);
-    timesteps is T >= 1, of which "linear" wants at least 20. Returns betas (T,) in float64, each in (0, 0.999]: on T
-    numbers the precision costs nothing, and the sampler's arithmetic stays exact. Raises UserError for another name.
+    timesteps is T >= 1; for "linear", T >= 20, below which β would pass 1 and is cut. Returns betas (T,) in (0, 0.999],
+    in float64, since ᾱ is a long product and the precision costs nothing. Raises UserError for another name.
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 when T is 1000. Fewer steps have to be bigger ones, or signal would be left in x_T.
@@ -146,9 +147,9 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 # ======================================================================================================================
 #
 # Input: a noisy image, the step t, the class y. Output: the noise in it, of the same shape. For that the network needs
-# both the whole (is this going to be a three?) and every single pixel. A U-Net has a path for each: on the way down it
-# halves the image while it doubles the channels, to see the whole; on the way up it comes back to full size; and at
-# each size a skip connection hands the details across.
+# both the whole (is this going to be a three?) and every single pixel. The way down halves the image and doubles the
+# channels, to see the whole; the way up returns to full size; and at each size a skip connection hands the details
+# across.
 #
 #     x_t (1, 28, 28)                                                             eps_hat (1, 28, 28)
 #         │ conv_in                                                                     ▲ conv_out
@@ -162,7 +163,8 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         │                                                                             ▲
 #         └──────────── middle_in (residual) ── attention ── middle_out (residual) ─────┘
 #
-# Time and class enter every residual block: what counts as noise in x_t depends on both. Channels are normalized in
+# Time and class enter every residual block (two convolutions whose result is added to their input): what counts as
+# noise in x_t depends on both. Channels are normalized in
 # groups, image by image (GroupNorm), and not over the batch: a batch mixes images with little and with much noise, and
 # its statistics would depend on which t happen to be in it. Between the layers stands SiLU, x · sigmoid(x), a smooth
 # relative of ReLU.
@@ -171,8 +173,8 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 def timestep_embedding(t, dim):
     """Sinusoidal embedding of the step (Vaswani et al. 2017, section 3.5; used for t by Ho et al. 2020).
 
-    t (B,); dim is even. Returns (B, dim), values in [-1, 1]. It works like the hands of a clock: fast frequencies tell
-    neighbouring steps apart, slow ones say whether it is early or late. A bare number t would do both badly.
+    t (B,); dim is even. Returns (B, dim), values in [-1, 1]. It works like the hands of a clock: high frequencies tell
+    neighbouring steps apart, low ones say whether it is early or late.
     """
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)  # (dim/2,) from 1 to about 1/10000
@@ -183,8 +185,8 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    The last layer of each residual branch begins like this, so that every block begins as its shortcut and grows in as
-    far as it helps. So does conv_out: the first prediction is 0, and the first loss 1, the variance of the noise.
+    The last layer of every residual block begins like this, so that the block begins as its shortcut and learns what to
+    add. So does conv_out: the first prediction is 0, and the first loss 1, the variance of the noise.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -200,8 +202,8 @@ class ResBlock(nn.Module):
     """Two convolutions whose result is added to their input; time and class act between the two.
 
     One nn.Linear projects the time, another one the class, each to a scale and a shift for every channel: the adaptive
-    group norm of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). "At this noise level, for this digit, turn this
-    feature up and that one off."
+    group norm of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). It can say: at this noise level, for this digit,
+    turn this feature up and that one off.
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
@@ -242,21 +244,19 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x):
-        B, C, H, W = x.shape
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C): a sequence of positions
         q, k, v = self.qkv(h).chunk(3, dim=2)  # each (B, H·W, C)
         h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v, (B, H·W, C)
-        h = self.out(h).transpose(1, 2).reshape(B, C, H, W)
-        return x + h
+        return x + self.out(h).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
 
 
 class UNet(nn.Module):
     """The noise prediction ε_θ(x_t, t, y).
 
     config is a dictionary of plain values: "channels" (one number for each size of the image), "image_channels",
-    "image_size" and "classes" (their names). It stays with the model as model.config, together with the "schedule" and
-    the "timesteps" that the model is trained for, and goes into every checkpoint: each says itself how to rebuild it.
-    Raises UserError when the image is too small to be halved as often as there are channels.
+    "image_size" and "classes" (their names). It stays with the model as model.config, together with the "schedule",
+    "timesteps" and "dataset" of its training, and goes into every checkpoint, which is then enough to rebuild the
+    model. Raises UserError when the image is too small for so many sizes.
 
     forward: x_t (B, C, H, W), t (B,) in 0..T-1, y (B,) in 0..num_classes -> eps_hat (B, C, H, W).
     Class number num_classes means "no class": one more row of the embedding, learned like the others.
@@ -268,20 +268,20 @@ class UNet(nn.Module):
         self.num_classes = len(config["classes"])
         channels, image_size = config["channels"], config["image_size"]
         if image_size <= 2 ** (len(channels) - 1):
-            raise UserError(f"{image_size} pixels cannot be halved {len(channels) - 1} times: give fewer --channels")
+            raise UserError(f"{image_size} pixels, halved {len(channels) - 1} times, are too few: give fewer --channels")
         self.emb_dim = emb_dim = 4 * channels[0]  # D = 128
         self.time_mlp = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
         self.class_emb = nn.Embedding(self.num_classes + 1, emb_dim)
 
         self.conv_in = nn.Conv2d(config["image_channels"], channels[0], 3, padding=1)
         self.encoder = nn.ModuleList([ResBlock(c, c, emb_dim) for c in channels])
-        steps = list(zip(channels[:-1], channels[1:]))  # (32, 64), (64, 128), (128, 256)
-        self.downsample = nn.ModuleList([nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in steps])
+        pairs = list(zip(channels[:-1], channels[1:]))  # (32, 64), (64, 128), (128, 256)
+        self.downsample = nn.ModuleList([nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in pairs])
         self.middle_in = ResBlock(channels[-1], channels[-1], emb_dim)
         self.attention = Attention(channels[-1])
         self.middle_out = ResBlock(channels[-1], channels[-1], emb_dim)
         self.decoder = nn.ModuleList([ResBlock(2 * c, c, emb_dim) for c in channels])
-        self.upsample = nn.ModuleList([nn.Conv2d(wider, c, 1) for c, wider in steps])
+        self.upsample = nn.ModuleList([nn.Conv2d(wider, c, 1) for c, wider in pairs])
         self.norm_out = group_norm(channels[0])
         self.conv_out = zero_init(nn.Conv2d(channels[0], config["image_channels"], 3, padding=1))
 
@@ -305,8 +305,8 @@ class UNet(nn.Module):
             h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4), (B, 256, 7, 7), (B, 128, 14, 14), (B, 64, 28, 28)
             h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4), (B, 128, 7, 7), (B, 64, 14, 14), (B, 32, 28, 28)
             if level > 0:
-                # A 1x1 convolution and the copying of pixels give the same in either order; on the small image the
-                # convolution is cheaper. The size comes from the skip, since 4 doubled would be 8 where 7 is wanted.
+                # A 1x1 convolution and the copying of pixels commute, and on the small image the convolution is
+                # cheaper. The size comes from the skip, since 4 doubled would be 8 where 7 is wanted.
                 h = self.upsample[level - 1](h)  # (B, 128, 4, 4), (B, 64, 7, 7), (B, 32, 14, 14)
                 h = F.interpolate(h, size=skips[level - 1].shape[2:], mode="nearest")
 
@@ -317,16 +317,17 @@ class UNet(nn.Module):
 # 4. The training objective (Algorithm 1)
 # ======================================================================================================================
 #
-# A diffusion model is trained on a bound of the likelihood. With fixed variances, each term of the bound turns out to
-# be a weighted squared error between the noise and its prediction (Eq. 12 is the term of one t). Ho et al. drop the
-# weights, which are large for the first, tiny noise: the simple loss cares more about larger t, where there is more to
-# decide, and its images are better. One t drawn at random for each image gives the mean over all t on average:
+# In theory the network should make the training images likely. A bound of that likelihood is a sum with a term for each
+# step, and with fixed variances most terms are a weighted squared error between the noise and its prediction (Eq. 12).
+# Ho et al. drop the weights, which are largest where t is small and the noise tiny: the simple loss cares more about
+# larger t, where there is more to decide, and its images are better. Instead of the sum over t, one random t an image:
 #
 #     Algorithm 1:  repeat   x_0 from the data,  t ~ Uniform,  ε ~ N(0, I)
 #                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
-# Why predict ε and not x_0? Either follows from the other by Eq. 4. But ε has the same scale at every t, and Ho et al.
-# measured better images with it.
+# Why predict ε and not x_0? Either follows from the other by Eq. 4, and the squared error of ε is then ᾱ_t/(1-ᾱ_t)
+# times that of x_0: at large t, where nobody could know x_0, little is asked. Ho et al. report worse images when x_0 is
+# predicted (section 3.2).
 #
 # Why are labels sometimes dropped? With the class replaced by "no class" for a tenth of the images, one network learns
 # two predictions: for a given digit, and for digits in general. Section 5 needs their difference to make a digit more
@@ -346,13 +347,9 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1):
     drop = torch.rand(B, device=device) < class_dropout
     y = torch.where(drop, len(model.config["classes"]), y)
     x_t = q_sample(x_0, t, eps, alphas_cumprod)
-    # CUDA GPUs from compute capability 8.0 (Ampere) on have bfloat16 in hardware and convolve faster in it. The error
-    # is taken in float32 all the same: bfloat16 keeps less than three digits.
-    bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        eps_hat = model(x_t, t, y)
+    eps_hat = model(x_t, t, y)
     # Eq. 14, divided by the number of pixels: L_simple = E ‖ε - ε_θ(x_t, t, y)‖²
-    return F.mse_loss(eps, eps_hat.float())
+    return F.mse_loss(eps, eps_hat.float())  # in float32, whatever the network calculates in
 
 
 # ======================================================================================================================
@@ -366,15 +363,16 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1):
 # How far to step, and how much fresh noise to add? Here are two rules, and the loop below can use either.
 #
 # Ho's rule. If x_0 were known, then x_{t-1} given x_t would be a Gaussian, q(x_{t-1} | x_t, x_0), that Bayes' theorem
-# gives exactly (Eq. 6 and 7). It is not known, so x̂_0 takes its place. As long as x̂_0 is not clipped, the mean then
-# equals Eq. 11 of the paper, which says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t. This is Algorithm 2:
-# T steps, with fresh noise in each but the last. Of the two variances that the paper tries, this is β̃_t.
+# gives exactly (Eq. 6 and 7). It is not known, so x̂_0 takes its place. The mean then equals Eq. 11 of the paper, which
+# says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (unless x̂_0 is clipped, as in the loop below). This is
+# Algorithm 2: T steps, with fresh noise in each but the last. Of the variances β_t and β̃_t that
+# the paper tries, Eq. 6 has the second.
 #
 # Song's rule (DDIM, arXiv 2010.02502). Training only ever looked at q(x_t | x_0), never at how one gets from x_t to
 # x_{t-1}. So any rule is allowed that keeps each x_t at its noise level: take x̂_0 and noise it again to the earlier
 # level, with fresh noise scaled by η and the predicted noise for the rest. With η = 1 it is Ho's rule again, written
 # differently. With η = 0 there is no chance at all, and 50 steps do instead of 1000: section 1 wanted small steps so
-# that each is a Gaussian, but a step without chance needs only a path that bends little.
+# that each is a Gaussian, but without chance the steps follow one smooth curve, and that can be done in long steps.
 
 
 def posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
@@ -413,8 +411,9 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
 #
 # S = 0 ignores the class, 1 is the plain conditional prediction, above 1 trades variety for clarity. At the noisiest
 # steps that is a bad trade, because there it drives all samples to the same few shapes, and in the last steps, where
-# the digit is long decided, it is of no use. So S above 1 applies only in an interval of noise levels (Kynkäänniemi et
-# al. 2024, arXiv 2404.07724; the interval here is our own), and only there does the network have to be asked twice.
+# the digit has long been decided, it is of no use. So S above 1 applies only in an interval of noise levels
+# (Kynkäänniemi et al. 2024, arXiv 2404.07724; the interval here is our own), and only there does the network have to be
+# asked twice.
 
 STEPS = 50  # the defaults of sampling
 GUIDANCE = 1.5
@@ -427,7 +426,7 @@ def predict_noise(model, x_t, t, y, guidance):
     if guidance == 1:
         return model(x_t, t_batch, y)
     none = torch.full_like(y, len(model.config["classes"]))
-    both = model(torch.cat([x_t, x_t]), torch.cat([t_batch, t_batch]), torch.cat([y, none]))  # one batch beats two
+    both = model(torch.cat([x_t, x_t]), torch.cat([t_batch, t_batch]), torch.cat([y, none]))  # faster than two calls
     eps_cond, eps_uncond = both.chunk(2)
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
@@ -436,7 +435,7 @@ def trajectory(config, steps):
     """The steps visited on the way from noise to image: a list of (t, ᾱ_t, ᾱ of the step that comes next).
 
     They are evenly spaced from T-1, the noisiest, to -1, the clean image, whose ᾱ is 1: 999, 979, ..., 19, -1 for 50
-    steps of T = 1000. More than T steps are as good as T.
+    steps of T = 1000. More than T steps are not possible, and T is taken.
     """
     T = config["timesteps"]
     alphas_cumprod = torch.cumprod(1 - beta_schedule(config["schedule"], T), dim=0).tolist()  # T floats
@@ -448,13 +447,14 @@ def trajectory(config, steps):
 @torch.inference_mode()
 def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
            seeds=None, x_T=None, on_step=None):
-    """Draws one image for each label: Algorithm 2 (Ho et al. 2020) when eta is 1, DDIM (Song et al. 2020) when less.
+    """Draws an image for each label: by DDIM (Song et al. 2020), with eta 1 and T steps Algorithm 2 (Ho et al. 2020).
 
     labels (N,) integers, a list or a tensor; steps >= 1 is how many of the T steps are visited; eta in [0, 1] scales
-    the fresh noise; guidance S >= 0, where above 1, applies while t/T lies in guidance_interval; seeds are N integers,
-    0..N-1 if left out. The noise of an image is drawn on the CPU, from a stream that its seed alone determines, so the
-    image is the same, up to rounding, in a batch of any size and on any device. x_T (N, C, H, W), if given, is the
-    noise to start from; on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W) in [-1, 1].
+    the fresh noise; guidance is S >= 0, of which more than 1 is used only while t/T lies in guidance_interval; seeds
+    are N integers, 0..N-1 if left out. The noise of an image is drawn on the CPU, from a stream that its seed alone
+    determines, so the image is the same, up to rounding, in a batch of any size and on any device. x_T (N or 1, C, H,
+    W), if given, is the noise to start from; on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W) in
+    [-1, 1].
     """
     device = next(model.parameters()).device
     T, C, size = (model.config[name] for name in ("timesteps", "image_channels", "image_size"))
@@ -464,7 +464,7 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
     def standard_normal():
         return torch.stack([torch.randn(C, size, size, generator=stream) for stream in streams]).to(device)
 
-    x_t = standard_normal() if x_T is None else x_T
+    x_t = standard_normal() if x_T is None else x_T.expand(len(y), -1, -1, -1)
     for t, alpha_bar, alpha_bar_prev in trajectory(model.config, steps):
         inside = guidance_interval[0] <= t / T <= guidance_interval[1]
         eps_hat = predict_noise(model, x_t, t, y, guidance if inside else min(guidance, 1))
@@ -499,9 +499,9 @@ def invert(model, x_0, labels, steps=STEPS):
     y = torch.as_tensor(labels, device=x_0.device)
     x_t = x_0
     for t, alpha_bar, alpha_bar_prev in reversed(trajectory(model.config, steps)):
-        # Here x_t is still x_{t-1}. The noise in it is nearly that in x_t, which is the best that can be had.
+        # The network should look at x_t, which is not known yet; it is shown x_{t-1}, which is still in x_t, instead.
         eps_hat = predict_noise(model, x_t, t, y, guidance=1)
-        # Eq. 12 with σ_t = 0, solved for x̂_0, then Eq. 4: the same x̂_0 and noise, one step noisier.
+        # Eq. 15 at t-1, and Eq. 4 at t: the same image and the same noise, one step noisier.
         x_0_hat = (x_t - math.sqrt(1 - alpha_bar_prev) * eps_hat) / math.sqrt(alpha_bar_prev)
         x_t = math.sqrt(alpha_bar) * x_0_hat + math.sqrt(1 - alpha_bar) * eps_hat
     return x_t
@@ -559,7 +559,7 @@ def load_dataset(name, data_dir, train=True):
 # step of training depends on, down to the state of the random number generator. Both hold tensors and plain values
 # only, and are read with weights_only=True: a pickle could run any program.
 
-FORMAT = 1  # goes into every file; to be raised when its meaning changes
+FORMAT = 1  # of both files; a program that changes what they mean counts on
 
 
 def save(contents, path):
@@ -597,7 +597,7 @@ def find_weights():
 
 
 def load_model(path=None, device="cpu"):
-    """The model of a weights.pt, ready for sampling; find_weights() says of which if no path is given.
+    """The model of a weights.pt, ready for sampling; path defaults to find_weights().
 
     Raises UserError when the file is something else, OSError when it cannot be read.
     """
@@ -616,9 +616,8 @@ def load_model(path=None, device="cpu"):
 
 def to_image(x, columns=None):
     """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default a square."""
-    columns = columns or math.ceil(math.sqrt(len(x)))
     x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    grid = torchvision.utils.make_grid(x, nrow=columns, padding=2) if len(x) > 1 else x[0]
+    grid = torchvision.utils.make_grid(x, nrow=columns or math.ceil(math.sqrt(len(x)))) if len(x) > 1 else x[0]
     return torchvision.transforms.functional.to_pil_image(grid)
 
 
@@ -628,34 +627,38 @@ def generate_number(model, label, seed=0):
 
 
 def save_film(frames, path, columns):
-    """Writes the steps of a sampling as a GIF of x_t, about four seconds and then two of the last frame; and beside it,
-    with the suffix .png, ten moments of the first image: x_t above, x_0_hat below.
+    """Writes the steps of a sampling: a GIF of x_t, four seconds and then two of the last frame; and beside it, as
+    moments_path(path), ten moments of the first image: x_t above, x_0_hat below.
 
-    frames is a list of (x_t, x_0_hat), each (N, C, H, W), from noise to image; path ends in .gif.
+    frames is a list of (x_t (N, C, H, W), x_0_hat (1, C, H, W)), from noise to image; path ends in .gif.
     """
     def moments(count):
         return [frames[round(i)] for i in torch.linspace(0, len(frames) - 1, min(count, len(frames))).tolist()]
 
-    film = [to_image(x_t, columns) for x_t, _ in moments(60)]
-    film = [image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST) for image in film]
+    film = [ImageOps.scale(to_image(x_t, columns), 3, Image.Resampling.NEAREST) for x_t, _ in moments(60)]
     durations = [4000 // len(film)] * (len(film) - 1) + [2000]  # milliseconds
     film[0].save(path, save_all=True, append_images=film[1:], duration=durations, loop=0)
-    x_t, x_0_hat = (torch.cat([frame[:1] for frame in kind]) for kind in zip(*moments(10)))
-    to_image(torch.cat([x_t, x_0_hat]), columns=len(x_t)).save(path.with_suffix(".png"))
+    strip = [x_t[:1] for x_t, _ in moments(10)] + [x_0_hat for _, x_0_hat in moments(10)]
+    to_image(torch.cat(strip), columns=len(strip) // 2).save(moments_path(path))
+
+
+def moments_path(gif):
+    """Where the ten moments of a film go: film.gif -> film_moments.png."""
+    return gif.with_name(gif.stem + "_moments.png")
 
 
 def read_digit(path, size=28):
     """An image file of one digit, as MNIST would show it: x_0 (1, 1, size, size) in [-1, 1].
 
-    Grey or colour, dark on light or light on dark, evenly lit or not. MNIST's own recipe (LeCun et al. 1998, section
-    III.A): the digit fits into a box of 20x20 pixels, and its centre of mass lies in the middle of 28x28. Raises
-    UserError when the file is not an image, too large, or shows nothing.
+    Grey or colour, dark on light or light on dark, evenly lit or not, but with nothing else in it. MNIST's own recipe
+    (LeCun et al. 1998, section III.A): the digit fits into a box of 20x20 pixels, and its centre of mass lies in the
+    middle of 28x28. Raises UserError when the file is not an image, too large, or shows nothing.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels and more
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
     image.thumbnail((200, 200))  # enough for a digit, and the mean of many pixels has less noise
@@ -674,13 +677,14 @@ def read_digit(path, size=28):
     (top, left), (bottom, right) = inked.amin(dim=0).tolist(), (inked.amax(dim=0) + 1).tolist()
     box = ink[None, None, top:bottom, left:right]
     scale = size * 20 / 28 / max(box.shape[2:])
-    box = F.interpolate(box, [max(1, round(n * scale)) for n in box.shape[2:]], mode="bilinear", antialias=True)[0, 0]
+    height, width = (max(1, round(n * scale)) for n in box.shape[2:])
+    box = F.interpolate(box, (height, width), mode="bilinear", antialias=True)[0, 0]
     box = (box / box[box > 0.3 * box.max()].median()).clamp(0, 1)  # strokes as white as MNIST's, thin ones too
-    x_0 = torch.full((1, 1, size, size), -1.0)
-    y, x = ((box.sum(dim=1 - d) * torch.arange(n)).sum() / box.sum() for d, n in enumerate(box.shape))  # centre of mass
-    top, left = (min(max(0, round(size / 2 - c.item())), size - n) for c, n in zip((y, x), box.shape))
-    x_0[0, 0, top : top + box.shape[0], left : left + box.shape[1]] = box * 2 - 1
-    return x_0
+    centre_y = (box.sum(dim=1) * torch.arange(height)).sum() / box.sum()  # of mass
+    centre_x = (box.sum(dim=0) * torch.arange(width)).sum() / box.sum()
+    top = min(max(0, round(size / 2 - centre_y.item())), size - height)
+    left = min(max(0, round(size / 2 - centre_x.item())), size - width)
+    return F.pad(box * 2 - 1, (left, size - width - left, top, size - height - top), value=-1.0)[None, None]
 
 
 # ======================================================================================================================
@@ -689,16 +693,16 @@ def read_digit(path, size=28):
 #
 # Algorithm 1 in a loop, with three standard tricks.
 #
-# The learning rate of the optimizer (AdamW) rises during the first steps, while its averages of the gradient are still
-# unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It is computed from the
-# number of the step, so a resumed run goes on where the curve was. (With more --epochs than before, it goes on where
-# the longer curve would have been, which is higher.)
+# The learning rate of the optimizer, AdamW, rises during the first steps, while AdamW's averages of the gradient are
+# still unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It is computed from
+# the number of the step, so a resumed run goes on where the curve was. (With more --epochs than before, it goes on
+# where the longer curve would have been, which is higher.)
 #
 # Gradients are clipped to length 1, so that one unlucky batch cannot dominate those averages.
 #
-# The weights for sampling are an exponential moving average (EMA) of the weights over the last steps. Each step saw one
-# batch, one t an image, one noise, and jumps about accordingly; the average does not. At the start it is kept short,
-# or it would remember the random first weights for thousands of steps.
+# The weights for sampling are an exponential moving average (EMA) of the weights over the last steps. Each step sees
+# one batch with random t and noise, so the weights jitter; their average does not. At the start it is kept short, over
+# about a tenth of the steps so far, or it would remember the random first weights for thousands of steps.
 
 
 def learning_rate(step, total_steps, peak):
@@ -719,9 +723,11 @@ def update_ema(ema, model, step, decay):
 
 def train_step(model, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options):
     """One step of Algorithm 1: x_0 (B, C, H, W) in [-1, 1], y (B,). Returns the loss, a scalar tensor."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, total_steps, options["lr"])
-    loss = ddpm_loss(model, x_0, y, alphas_cumprod, options["class_dropout"])
+    optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, options["lr"])
+    # CUDA GPUs from compute capability 8.0 (Ampere) on have bfloat16 in hardware, and convolve faster in it.
+    bfloat16 = x_0.device.type == "cuda" and torch.cuda.get_device_capability(x_0.device) >= (8, 0)
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bfloat16):
+        loss = ddpm_loss(model, x_0, y, alphas_cumprod, options["class_dropout"])
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -730,11 +736,11 @@ def train_step(model, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps,
     return loss.detach()
 
 
-# The rest of this section is the life of a run: begin or resume, step, report, save, stop when asked to.
+# The rest of this section is the life of a run: its options, beginning or resuming, stepping, reporting, saving, and
+# stopping when asked to.
 
 
-
-def in_range(convert, low, high=math.inf):
+def in_range(convert, low, high):
     """An argparse type: convert(text), refused outside [low, high]."""
 
     def parse(text):
@@ -747,13 +753,13 @@ def in_range(convert, low, high=math.inf):
     return parse
 
 
-POSITIVE, SHARE = in_range(int, 1), in_range(float, 0, 1)
-SEED = {"default": 0, "type": in_range(int, 0, 2**31), "help": "of all random numbers"}
-TRAIN_OPTIONS = {  # what a run is begun with and keeps, as argparse wants it
+POSITIVE, SHARE = in_range(int, 1, 10**9), in_range(float, 0, 1)
+SEED = {"default": 0, "type": in_range(int, 0, 2**31), "help": "of the random numbers"}
+TRAIN_OPTIONS = {  # what a checkpoint remembers of the command, as add_argument wants it
     "dataset": {"default": "mnist", "choices": DATASETS, "help": "what to learn"},
     "epochs": {"default": 30, "type": POSITIVE, "help": "passes over the data"},
     "batch_size": {"default": 128, "type": POSITIVE, "help": "images per step"},
-    "lr": {"default": 1e-3, "type": in_range(float, 0), "help": "peak learning rate"},
+    "lr": {"default": 1e-3, "type": in_range(float, 0, 1000), "help": "peak learning rate"},
     "timesteps": {"default": 1000, "type": POSITIVE, "help": "T, noising steps"},
     "schedule": {"default": "linear", "choices": ["linear", "cosine"], "help": "of the noise"},
     "channels": {"default": [32, 64, 128, 256], "type": POSITIVE, "nargs": "+", "help": "one number a level"},
@@ -798,12 +804,10 @@ def begin_or_resume(args):
             raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
         return out, options, None
     saved = load(path)
-    begun_with = saved.get("options", {})
-    if begun_with.keys() != options.keys():
-        raise UserError(f"{path} is not the checkpoint of a run")
-    changed = [name for name in given if given[name] != begun_with[name] and name != "epochs"]
+    begun_with = options | saved.get("options", {})
+    changed = ["--" + name.replace("_", "-") for name in given if given[name] != begun_with[name] and name != "epochs"]
     if changed:
-        raise UserError(f"{path} was begun with another {' and '.join(changed)}: leave it out, or start anew")
+        raise UserError(f"{path} was begun with another {' and '.join(changed)}: leave that out, or start anew")
     return out, begun_with | given, saved
 
 
@@ -823,7 +827,7 @@ def train(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
     rng = torch if device.type == "cpu" else getattr(torch, device.type)  # where the random state of the device lives
-    step, history, loss_sum = 0, [], torch.zeros((), device=device)
+    step, history, loss_sum = 0, ["epoch,step,loss,lr,images_per_s"], torch.zeros((), device=device)
     if saved:
         try:
             for name, part in parts.items():
@@ -870,35 +874,35 @@ def train(args):
         if save_now or sys.stdout.isatty() and now - shown_at > 0.5:
             loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} by step {step}; {out} holds the last good state: try a lower --lr")
+                raise UserError(f"the loss is {loss} by step {step}, and nothing was saved since: try a lower --lr")
             shown_at = time.monotonic()
             rate = (step - first_step) * batch_size / (shown_at - started_at)
             left = timedelta(seconds=round((total_steps - step) * batch_size / rate))
             line = f"epoch {epoch + 1}/{epochs}  step {step}  loss {loss:.4f}  {rate:.0f} images/s  {left} left"
             show(line, last=end_of_epoch)
-        if end_of_epoch:
-            history.append([epoch + 1, step, loss, learning_rate(step - 1, total_steps, options["lr"]), rate])
-            if (epoch + 1) % args.sample_every == 0 or step == total_steps:
-                # Each class five times, from the same noise after every epoch, so that epochs can be compared.
-                grid = sample(ema, list(range(model.num_classes)) * 5)
-                to_image(grid, columns=model.num_classes).save(out / f"samples_{epoch + 1:03d}.png")
         if save_now:
+            if end_of_epoch:
+                lr = learning_rate(step - 1, total_steps, options["lr"])
+                history.append(f"{epoch + 1},{step},{loss:.6f},{lr:.3e},{rate:.0f}")
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"options": options, "step": step, "history": history, "loss_sum": loss_sum.item()}
             save({**state, "device": device.type, "random_state": rng.get_rng_state()}, out / "checkpoint.pt")
             save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
-            with open(out / "log.csv", "w", newline="") as file:  # all of it: no row twice, none missing
-                csv.writer(file).writerows([["epoch", "step", "loss", "lr", "images_per_s"], *history])
+            (out / "log.csv").write_text("\n".join(history) + "\n")  # all of it: no row twice, none missing
+            if end_of_epoch and ((epoch + 1) % args.sample_every == 0 or step == total_steps):
+                # Each class five times, from the same noise after every epoch, so that epochs can be compared.
+                guidance = GUIDANCE if options["class_dropout"] > 0 else 1
+                x_0 = sample(ema, list(range(model.num_classes)) * 5, guidance=guidance)
+                to_image(x_0, columns=model.num_classes).save(out / f"samples_{epoch + 1:03d}.png")
             saved_at = time.monotonic()
             started_at += saved_at - shown_at  # images and files are not training time
-        if stop and step < total_steps:
-            show(f"stopped at step {step} of {total_steps}; to go on, give the same command with --resume", last=True)
-            return 130
+            if stop and step < total_steps:
+                show(f"stopped at step {step} of {total_steps}; go on with the same command and --resume", last=True)
+                return 130
 
     seconds = round(time.monotonic() - started_at)
     print(f"{step - first_step} steps in {timedelta(seconds=seconds)}, {rate:.0f} images/s")
     print(f"weights, log and images are in {out}; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
-    return 0
 
 
 # ======================================================================================================================
@@ -918,7 +922,7 @@ def class_number(name, classes):
 
 
 def sample_command(args):
-    """The sample command: draws the labels asked for and writes one image file, or a folder of them. Returns 0."""
+    """The sample command: draws the labels asked for and writes one image file, or a folder of them."""
     out, gif = Path(args.out), args.gif and Path(args.gif)
     if out.suffix not in ("", ".png") or gif and gif.suffix != ".gif":
         raise UserError("--out takes a .png file or a folder, --gif a .gif file")
@@ -931,8 +935,8 @@ def sample_command(args):
     print(f"weights: {path} ({config['dataset']})")
     # One label fills a square; several make a row, a number for example, that is drawn count times.
     row = [class_number(name, classes) for name in args.label or classes]
-    count, columns = (args.count or 16, None) if len(row) == 1 else (args.count or 1, len(row))
-    labels = row * count
+    columns = len(row) if len(row) > 1 else None
+    labels = row * (args.count or (1 if columns or args.like else 16))
     if gif and len(labels) > BATCH:
         raise UserError(f"--gif shows {BATCH} images at most, not {len(labels)}")
     x_T = None
@@ -949,9 +953,8 @@ def sample_command(args):
         batch = labels[start : start + BATCH]
         # The images of a row start from the same noise: they come out as if one hand had written them.
         seeds = [args.seed * 1_000_000 + (start + i) // len(row) for i in range(len(batch))]
-        noise = None if x_T is None else x_T.expand(len(batch), -1, -1, -1)
-        on_step = (lambda *frame: frames.append(frame)) if gif else None
-        x_0 = sample(model, batch, args.steps, args.eta, args.guidance, args.guidance_interval, seeds, noise, on_step)
+        on_step = (lambda x_t, x_0_hat: frames.append((x_t.cpu(), x_0_hat[:1].cpu()))) if gif else None
+        x_0 = sample(model, batch, args.steps, args.eta, args.guidance, args.guidance_interval, seeds, x_T, on_step)
         if out.suffix:
             images.append(x_0.cpu())
         else:
@@ -963,36 +966,33 @@ def sample_command(args):
     if out.suffix:
         to_image(torch.cat(images), columns).save(out)
     if gif:
-        save_film([*frames, (x_0, x_0)], gif, columns)
-    print(f"written: {out}" + (f", {gif} and {gif.with_suffix('.png')}" if gif else ""))
-    return 0
+        save_film([*frames, (x_0.cpu(), x_0[:1].cpu())], gif, columns)
+    print(f"written: {out}" + (f", {gif} and {moments_path(gif)}" if gif else ""))
 
 
 def shapes_command(args):
-    """The shapes command: runs the network once and prints what each of its blocks gives out. Returns 0."""
+    """The shapes command: runs the network once and prints what each of its blocks gives out."""
     config = {"channels": args.channels, **DATASETS[args.dataset][1]}
     model = UNet(config)
 
-    def report(name):  # a hook, which prints its line when the block has run: in the order of the forward pass
-        return lambda block, inputs, output: print(
-            f"{name:<14} {str(tuple(output.shape[1:])):<18} {count_parameters(block):>10,}"
-        )
+    def report(name):  # a hook that prints its line when the block has run, so in the order of the forward pass
+        return lambda block, _, out: print(f"{name:<14} {tuple(out.shape[1:])!s:<18} {count_parameters(block):>10,}")
 
     for name, child in model.named_children():
-        for part, block in child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]:
-            block.register_forward_hook(report(f"{name} {part}"))
+        parts = child.named_children() if isinstance(child, nn.ModuleList) else [(None, child)]
+        for i, block in parts:
+            block.register_forward_hook(report(f"{name}.{i}" if i else name))
     print(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
     zero = torch.zeros(1, dtype=torch.int64)
     with torch.inference_mode():
         model(torch.zeros(1, config["image_channels"], config["image_size"], config["image_size"]), zero, zero)
     print(f"{'total':<33} {count_parameters(model):>10,}")
-    return 0
 
 
 def make_parser():
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
-    commands = parser.add_subparsers(required=True, metavar="{train,sample,shapes}", help="each has its own --help")
+    commands = parser.add_subparsers(dest="command", required=True, help="each has its own --help")
 
     def add_command(name, run, help):
         command = commands.add_parser(name, help=help, description=help)
@@ -1020,13 +1020,13 @@ def make_parser():
     flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
     flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
     flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=SHARE)
-    flag(c, "--guidance", "eps = eps_uncond + S (eps_cond - eps_uncond): 0 unconditional, 1 conditional, above guided",
-         GUIDANCE, type=in_range(float, 0), metavar="S")
+    flag(c, "--guidance", "S in eps_uncond + S (eps_cond - eps_uncond): 0 unconditional, 1 conditional, more: guided",
+         GUIDANCE, type=in_range(float, 0, 1000), metavar="S")
     flag(c, "--guidance-interval", "shares of T between which an S above 1 applies", GUIDANCE_INTERVAL,
          type=SHARE, nargs=2, metavar=("LO", "HI"))
     flag(c, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
     flag(c, "--like-label", "the digit that IMAGE shows", metavar="D")
-    flag(c, "--gif", "write a film of noise becoming images, and a .png of ten moments beside it", metavar="PATH")
+    flag(c, "--gif", "write a film of noise becoming images, and ten moments of it as PATH_moments.png", metavar="PATH")
     flag(c, "--out", "a .png file, or a folder to fill", "samples.png")
     flag(c, "--seed", **SEED)
     flag(c, "--device", "where to calculate", "auto", choices=["auto", "cuda", "mps", "cpu"])
@@ -1043,7 +1043,7 @@ def main(argv=None):
     socket.setdefaulttimeout(30)  # seconds; a download that hangs should end, but torchvision sets no limit
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return args.run(args)
+        return args.run(args) or 0
     except (UserError, OSError) as error:
         print(f"ddpm.py: error: {error}", file=sys.stderr)
         return 1
