@@ -268,7 +268,7 @@ class UNet(nn.Module):
         self.num_classes = len(config["classes"])
         channels, image_size = config["channels"], config["image_size"]
         if image_size <= 2 ** (len(channels) - 1):
-            raise UserError(f"{image_size} pixels, halved {len(channels) - 1} times, are too few: give fewer --channels")
+            raise UserError(f"{image_size} pixels halved {len(channels) - 1} times are too few: give fewer --channels")
         self.emb_dim = emb_dim = 4 * channels[0]  # D = 128
         self.time_mlp = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
         self.class_emb = nn.Embedding(self.num_classes + 1, emb_dim)
@@ -488,22 +488,31 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
 # direction too: to the noise that becomes a given image (Song et al. 2020, section 4.3). That noise holds what the
 # class does not say: slant, weight and width of the stroke. Sampled with another label, it gives another digit in the
 # same hand.
+#
+# It only works from an image with some noise in it. In a perfectly clean one the network rightly finds none, so there
+# is nothing to carry upwards, and the result is far from the pure noise that the sampler expects. So the first step is
+# one of Eq. 4, with noise too weak to be seen.
 
 
 @torch.inference_mode()
 def invert(model, x_0, labels, steps=STEPS):
     """The noise x_T from which sample(model, labels, steps, guidance=1, x_T=x_T) comes back to x_0, nearly.
 
-    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show. Returns x_T, like x_0.
+    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample. Returns x_T, like x_0.
     """
     y = torch.as_tensor(labels, device=x_0.device)
-    x_t = x_0
-    for t, alpha_bar, alpha_bar_prev in reversed(trajectory(model.config, steps)):
-        # The network should look at x_t, which is not known yet; it is shown x_{t-1}, which is still in x_t, instead.
-        eps_hat = predict_noise(model, x_t, t, y, guidance=1)
-        # Eq. 15 at t-1, and Eq. 4 at t: the same image and the same noise, one step noisier.
-        x_0_hat = (x_t - math.sqrt(1 - alpha_bar_prev) * eps_hat) / math.sqrt(alpha_bar_prev)
-        x_t = math.sqrt(alpha_bar) * x_0_hat + math.sqrt(1 - alpha_bar) * eps_hat
+    (t, alpha_bar, _), *upwards = reversed(trajectory(model.config, steps))
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
+    # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
+    x_t = math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * eps
+    for t_next, alpha_bar_next, _ in upwards:
+        # On the way down this step begins at t_next, on the way up at t. Asked about the middle between the two, the network
+        # leads back to x_0 more exactly than about either end.
+        eps_hat = predict_noise(model, x_t, (t + t_next) // 2, y, guidance=1)
+        # Eq. 15, and Eq. 4 at t_next: the same image and the same noise, at a higher noise level.
+        x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
+        x_t = math.sqrt(alpha_bar_next) * x_0_hat + math.sqrt(1 - alpha_bar_next) * eps_hat
+        t, alpha_bar = t_next, alpha_bar_next
     return x_t
 
 

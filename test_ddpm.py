@@ -492,12 +492,15 @@ def test_guidance_interval(guidance, steps):
 
 def test_inversion_closed_form(float64):
     """The loop would not run through the same steps backwards, or not keep image and noise at their shares."""
-    eps, x_0 = noise(2, 1, 8, 8), noise(2, 1, 8, 8, seed=1).clamp(-1, 1)
-    model = Fake(lambda x_t, t, y: eps)  # the same noise at all times: it and x_0 are all there is in x_T
+    x_0, eps = noise(2, 1, 8, 8, seed=1).clamp(-1, 1), noise(2, 1, 8, 8)  # eps is what the first step adds
+    model = Fake(lambda x_t, t, y: eps)  # it is found again at all times, so x_T holds it and x_0 and nothing else
     x_T = ddpm.invert(model, x_0, [3, 4], steps=7)
     close(x_T, alpha_bars()[T - 1] ** 0.5 * x_0 + (1 - alpha_bars()[T - 1]) ** 0.5 * eps)
-    assert [int(t[0]) for _, t, _ in model.asked] == [6, 13, 20, 28, 35, 42, 49]
-    assert all(torch.equal(y, torch.tensor([3, 4])) for _, _, y in model.asked)
+    visited = [6, 13, 20, 28, 35, 42, 49]
+    assert len(model.asked) == 6
+    for (x_t, t, y), low, high in zip(model.asked, visited, visited[1:]):
+        close(x_t, alpha_bars()[low] ** 0.5 * x_0 + (1 - alpha_bars()[low]) ** 0.5 * eps)
+        assert torch.equal(y, torch.tensor([3, 4])) and low < t[0] == t[1] < high
     close(ddpm.sample(model, [3, 4], steps=7, guidance=1, x_T=x_T), x_0)
 
 
@@ -508,8 +511,9 @@ def test_inversion_with_the_shipped_weights():
     x_T = ddpm.invert(model, x_0, [4, 7], steps=25)
     back = ddpm.sample(model, [4, 7], steps=25, guidance=1, x_T=x_T)
     errors, strangers = (back - x_0).abs().mean(dim=(1, 2, 3)), (x_0[0] - x_0[1]).abs().mean()
-    assert errors.max() < 0.1 and strangers > 0.2
-    assert (x_T.std(dim=(1, 2, 3)) - 1).abs().max() < 0.1  # noise of the size that the sampler starts from
+    assert errors.max() < 0.05 and strangers > 0.2
+    spread = x_T.std(dim=(1, 2, 3))
+    assert 0.6 < spread.min() and spread.max() < 1.1  # about that of the noise that the sampler starts from
 
 
 # === 6. Data, checkpoints, images =====================================================================================
