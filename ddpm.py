@@ -365,8 +365,8 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1):
 # Ho's rule. If x_0 were known, then x_{t-1} given x_t would be a Gaussian, q(x_{t-1} | x_t, x_0), that Bayes' theorem
 # gives exactly (Eq. 6 and 7). It is not known, so x̂_0 takes its place. The mean then equals Eq. 11 of the paper, which
 # says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (unless x̂_0 is clipped, as in the loop below). This is
-# Algorithm 2: T steps, with fresh noise in each but the last. Of the variances β_t and β̃_t that
-# the paper tries, Eq. 6 has the second.
+# Algorithm 2: T steps, with fresh noise in each but the last. Of the variances β_t and β̃_t that the paper tries, Eq. 6
+# has the second.
 #
 # Song's rule (DDIM, arXiv 2010.02502). Training only ever looked at q(x_t | x_0), never at how one gets from x_t to
 # x_{t-1}. So any rule is allowed that keeps each x_t at its noise level: take x̂_0 and noise it again to the earlier
@@ -452,9 +452,9 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
     labels (N,) integers, a list or a tensor; steps >= 1 is how many of the T steps are visited; eta in [0, 1] scales
     the fresh noise; guidance is S >= 0, of which more than 1 is used only while t/T lies in guidance_interval; seeds
     are N integers, 0..N-1 if left out. The noise of an image is drawn on the CPU, from a stream that its seed alone
-    determines, so the image is the same, up to rounding, in a batch of any size and on any device. x_T (N or 1, C, H,
-    W), if given, is the noise to start from; on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W) in
-    [-1, 1].
+    determines, so the image is the same, up to rounding, in a batch of any size and on any device. If given, x_T (N or
+    1, C, H, W) is the noise to start from, and on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W),
+    in [-1, 1].
     """
     device = next(model.parameters()).device
     T, C, size = (model.config[name] for name in ("timesteps", "image_channels", "image_size"))

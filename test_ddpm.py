@@ -458,6 +458,19 @@ def test_sampler_is_the_published_algorithm(float64, eta, visited):
     assert clipped > 20  # or this would say nothing about clipping
 
 
+def test_eta_1_with_all_steps_is_algorithm_2_bit_for_bit():
+    """The sampler would take another way to x_{t-1} than the posterior, even if it led to nearly the same place."""
+    model, stream = random_unet(), torch.Generator().manual_seed(5)
+    bars = torch.cumprod(1 - ddpm.beta_schedule("linear", T), dim=0).tolist() + [1.0]
+    x = torch.randn(1, 8, 8, generator=stream)[None]
+    for t in reversed(range(T)):
+        eps = model(x, torch.tensor([t]), torch.tensor([3]))
+        x_0 = ((x - math.sqrt(1 - bars[t]) * eps) / math.sqrt(bars[t])).clamp(-1, 1)
+        mean, sigma = ddpm.posterior_step(x_0, x, bars[t], bars[t - 1])
+        x = mean + sigma * torch.randn(1, 8, 8, generator=stream) if t > 0 else mean
+    assert torch.equal(ddpm.sample(model, [3], steps=T, eta=1, guidance=1, seeds=[5]), x)
+
+
 @pytest.mark.parametrize("eta", [0, 1])
 def test_an_image_depends_on_its_label_and_seed_alone(float64, eta):
     """Images would change with the size of the batch, or sampling would disturb the random numbers of training."""
