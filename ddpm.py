@@ -46,7 +46,7 @@ Commands (each has --help):
 From Python, model = ddpm.load_model() and then ddpm.generate_number(model, label=5) gives a PIL image.
 
 Measured: the weights in assets/mnist.pt are those of 14 epochs on two CPU cores (AMD EPYC, PyTorch 2.14.1, seed 0; five
-minutes an epoch, 211 images/s). All of the 100 digits that sample --count 10 draws with them can be read as their label.
+minutes an epoch, 211 images/s). Each of the 100 digits that sample --count 10 draws with them can be read as its label.
 """
 
 import argparse
@@ -509,8 +509,8 @@ def invert(model, x_0, labels, steps=STEPS):
     # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
     x_t = math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * eps
     for t_next, alpha_bar_next, _ in upwards:
-        # On the way down this step begins at t_next, on the way up at t. Asked about the middle between the two, the network
-        # leads back to x_0 more exactly than about either end.
+        # On the way down this step begins at t_next, on the way up at t. Asked about the middle between the two, the
+        # network leads back to x_0 more exactly than when it is asked about t.
         eps_hat = predict_noise(model, x_t, (t + t_next) // 2, y, guidance=1)
         # Eq. 15, and Eq. 4 at t_next: the same image and the same noise, at a higher noise level.
         x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
