@@ -680,7 +680,7 @@ def read_digit(path, size=28):
     rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in grey.shape), indexing="ij")
     plane = torch.stack([torch.ones_like(grey), rows, columns], dim=-1)  # (height, width, 3)
     margin = torch.maximum(rows.abs(), columns.abs()) > 0.9
-    ink = grey - plane @ torch.linalg.lstsq(plane[margin], grey[margin, None]).solution[:, 0]
+    ink = grey - plane @ torch.linalg.lstsq(plane[margin], grey[margin].unsqueeze(1)).solution[:, 0]
     ink = ink if ink.max() > -ink.min() else -ink
     if ink.max() < 0.15:
         raise UserError(f"{path} shows no digit: nothing in it stands out from its margin")
