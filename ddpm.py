@@ -594,8 +594,10 @@ def load(path):
         file.seek(0)
         try:
             contents = torch.load(file, map_location="cpu", weights_only=True)
-            newer = contents["format"] > FORMAT
-        except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            newer = bool(contents["format"] > FORMAT)
+        # Besides its own errors, torch.load raises whatever a damaged file makes its reader stumble over.
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
+                pickle.UnpicklingError) as error:
             raise UserError(f"{path} is not a checkpoint of ddpm.py") from error
     if newer:
         raise UserError(f"{path} was written by a newer ddpm.py: update this one")

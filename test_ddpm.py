@@ -656,6 +656,21 @@ def test_bad_checkpoint(capsys, contents):
     assert not Path("harm").exists() and not Path("samples.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_checkpoint():
+    """Somewhere in a file, a wrong byte would end in a traceback."""
+    random, good, refused = np.random.default_rng(0), np.frombuffer(weights(), np.uint8), 0
+    for _ in range(500):
+        damaged = good.copy()
+        damaged[random.integers(0, 4000, 3)] = random.integers(0, 256, 3)
+        Path("weights.pt").write_bytes(damaged.tobytes())
+        try:
+            ddpm.load(Path("weights.pt"))  # where the byte does not matter
+        except ddpm.UserError:
+            refused += 1
+    assert refused > 100
+
+
 def test_default_weights(finished):
     """Other weights than the newest of your own runs would be shown after training."""
     assert ddpm.find_weights() == Path(ddpm.__file__).parent / "assets" / "mnist.pt"
