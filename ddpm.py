@@ -438,7 +438,7 @@ def trajectory(config, steps):
     """The steps visited on the way from noise to image: a list of (t, ᾱ_t, ᾱ of the step that comes next).
 
     They are evenly spaced from T-1, the noisiest, to -1, the clean image, whose ᾱ is 1: 999, 979, ..., 19, -1 for 50
-    steps of T = 1000. More than T steps are not possible, and T is taken.
+    steps of T = 1000. Asked for more than T steps, it takes T.
     """
     T = config["timesteps"]
     alphas_cumprod = torch.cumprod(1 - beta_schedule(config["schedule"], T), dim=0).tolist()  # T floats
@@ -571,7 +571,7 @@ def load_dataset(name, data_dir, train=True):
 # step of training depends on, down to the state of the random number generator. Both hold tensors and plain values
 # only, and are read with weights_only=True: a pickle could run any program.
 
-FORMAT = 1  # of both files; a program that changes what they mean counts on
+FORMAT = 1  # a version number in both files, so that an older program can refuse a newer file
 
 
 def save(contents, path):
