@@ -50,18 +50,15 @@ minutes an epoch, 211 images/s). Each of the 100 digits that sample --count 10 d
 """
 
 import argparse
+import contextlib
 import copy
-import io
 import math
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
-import warnings
 import zipfile
-from datetime import timedelta
 from http.client import HTTPException
 from pathlib import Path
 
@@ -74,6 +71,16 @@ from torch.nn import functional as F
 
 class UserError(ValueError):
     """Something that the user can put right. The message says what is wrong and what to do; main prints just that."""
+
+
+@contextlib.contextmanager
+def explained(message):
+    """A block that reads what may be damaged: whatever libraries raise over that becomes a UserError with message."""
+    try:
+        yield
+    except (OSError, HTTPException, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
+            EOFError, SyntaxError, pickle.UnpicklingError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+        raise UserError(f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})") from error
 
 
 # ======================================================================================================================
@@ -106,15 +113,14 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 when T is 1000. Fewer steps have to be bigger ones, or signal would be left in x_T.
-        scale = 1000 / timesteps
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+        betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + s) / (1 + s) · π/2),  s = 0.008,  and β_t = 1 - ᾱ_t / ᾱ_{t-1}.
         # ᾱ falls more evenly than with the linear schedule, whose last steps see hardly anything but noise. The offset
         # s keeps the noise of the first steps from being so tiny that it cannot be predicted.
         s = 0.008
-        t = torch.arange(timesteps + 1, dtype=torch.float64)
-        f = torch.cos((t / timesteps + s) / (1 + s) * math.pi / 2) ** 2  # (T+1,)
+        t_over_T = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        f = torch.cos((t_over_T + s) / (1 + s) * math.pi / 2) ** 2  # (T+1,)
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise UserError(f"no schedule is called {schedule!r}: choose linear or cosine")
@@ -179,8 +185,7 @@ def timestep_embedding(t, dim):
     t (B,); dim is even. Returns (B, dim), values in [-1, 1]. It works like the hands of a clock: high frequencies tell
     neighbouring steps apart, low ones say whether it is early or late.
     """
-    half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)  # (dim/2,) from 1 to about 1/10000
+    freqs = torch.exp(-math.log(10000) * torch.arange(0, dim, 2, device=t.device) / dim)  # (dim/2,) 1 to about 1/10000
     args = t[:, None] * freqs[None, :]  # (B, dim/2)
     return torch.cat([args.cos(), args.sin()], dim=1)  # (B, dim)
 
@@ -261,20 +266,19 @@ class UNet(nn.Module):
     "timesteps" and "dataset" of its training, and goes into every checkpoint, which is then enough to rebuild the
     model. Raises UserError when the image is too small for so many sizes.
 
-    forward: x_t (B, C, H, W), t (B,) in 0..T-1, y (B,) in 0..num_classes -> eps_hat (B, C, H, W).
-    Class number num_classes means "no class": one more row of the embedding, learned like the others.
+    forward: x_t (B, C, H, W), t (B,) in 0..T-1, y (B,) in 0..len(classes) -> eps_hat (B, C, H, W).
+    Class number len(classes) means "no class": one more row of the embedding, learned like the others.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.num_classes = len(config["classes"])
         channels, image_size = config["channels"], config["image_size"]
         if image_size <= 2 ** (len(channels) - 1):
             raise UserError(f"{image_size} pixels halved {len(channels) - 1} times are too few: give fewer --channels")
         self.emb_dim = emb_dim = 4 * channels[0]  # D = 128
         self.time_mlp = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
-        self.class_emb = nn.Embedding(self.num_classes + 1, emb_dim)
+        self.class_emb = nn.Embedding(len(config["classes"]) + 1, emb_dim)  # the last row is "no class"
 
         self.conv_in = nn.Conv2d(config["image_channels"], channels[0], 3, padding=1)
         self.encoder = nn.ModuleList([ResBlock(c, c, emb_dim) for c in channels])
@@ -294,9 +298,8 @@ class UNet(nn.Module):
 
         h = self.conv_in(x_t)  # (B, 32, 28, 28)
         skips = []
-        for level, block in enumerate(self.encoder):
-            if level > 0:
-                h = self.downsample[level - 1](h)  # (B, 64, 14, 14), (B, 128, 7, 7), (B, 256, 4, 4)
+        for downsample, block in zip([nn.Identity(), *self.downsample], self.encoder):
+            h = downsample(h)  # (B, 32, 28, 28), (B, 64, 14, 14), (B, 128, 7, 7), (B, 256, 4, 4)
             h = block(h, t_emb, y_emb)
             skips.append(h)
 
@@ -338,19 +341,18 @@ class UNet(nn.Module):
 # not inside the network: sampling must never drop one.
 
 
-def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1):
+def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1, t_range=None):
     """The loss of one batch, L_simple (Ho et al. 2020, Eq. 14).
 
     x_0 (B, C, H, W) in [-1, 1]; y (B,) classes; alphas_cumprod (T,) in float32; class_dropout in [0, 1] is the share of
-    labels that are replaced by "no class". Returns a scalar: the mean over all pixels, 1 for a network that predicts 0.
+    labels that are replaced by "no class"; t_range (low, high) limits t to low..high-1, to see where the loss comes
+    from. Returns a scalar: the mean over all pixels, 1 for a network that predicts 0.
     """
     B, T, device = len(x_0), len(alphas_cumprod), x_0.device
-    t = torch.randint(T, (B,), device=device)  # uniform over 0..T-1
+    t = torch.randint(*(t_range or (0, T)), (B,), device=device)  # uniform, over 0..T-1 unless said
     eps = torch.randn_like(x_0)
-    drop = torch.rand(B, device=device) < class_dropout
-    y = torch.where(drop, len(model.config["classes"]), y)
-    x_t = q_sample(x_0, t, eps, alphas_cumprod)
-    eps_hat = model(x_t, t, y)
+    y = torch.where(torch.rand(B, device=device) < class_dropout, len(model.config["classes"]), y)
+    eps_hat = model(q_sample(x_0, t, eps, alphas_cumprod), t, y)
     # Eq. 14, divided by the number of pixels: L_simple = E ‖ε - ε_θ(x_t, t, y)‖²
     return F.mse_loss(eps, eps_hat.float())  # in float32, whatever the network calculates in
 
@@ -384,8 +386,7 @@ def posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     x_0_hat and x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t < 1 and ᾱ_{t-1} > ᾱ_t, floats. When steps are
     left out, "t-1" is the step one goes to, and α_t the product of the α in between. Returns (mean, sigma).
     """
-    alpha = alpha_bar / alpha_bar_prev
-    beta = 1 - alpha
+    alpha, beta = alpha_bar / alpha_bar_prev, 1 - alpha_bar / alpha_bar_prev
     # Eq. 7: μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
     mean_x_0 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * x_0_hat
     mean_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * x_t
@@ -418,19 +419,16 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
 # (Kynkäänniemi et al. 2024, arXiv 2404.07724; the interval here is our own), and only there does the network have to be
 # asked twice.
 
-STEPS = 50  # the defaults of sampling
-GUIDANCE = 1.5
-GUIDANCE_INTERVAL = (0.2, 0.8)  # in shares of T
+STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.5, (0.2, 0.8)  # the defaults of sampling; the interval in shares of T
 
 
 def predict_noise(model, x_t, t, y, guidance):
     """The guided prediction: x_t (B, C, H, W), t an integer, y (B,), guidance S >= 0 -> eps_hat (B, C, H, W)."""
-    t_batch = torch.full_like(y, t)
+    t, none = torch.full_like(y, t), torch.full_like(y, len(model.config["classes"]))
     if guidance == 1:
-        return model(x_t, t_batch, y)
-    none = torch.full_like(y, len(model.config["classes"]))
-    both = model(torch.cat([x_t, x_t]), torch.cat([t_batch, t_batch]), torch.cat([y, none]))  # faster than two calls
-    eps_cond, eps_uncond = both.chunk(2)
+        return model(x_t, t, y)
+    # Both predictions in one call, which is faster than two.
+    eps_cond, eps_uncond = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none])).chunk(2)
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
@@ -479,10 +477,8 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
         if on_step:
             on_step(x_t, x_0_hat)
-        if eta == 1:
-            mean, sigma = posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
-        else:
-            mean, sigma = ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta)
+        mean, sigma = (posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev) if eta == 1 else
+                       ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta))  # fmt: skip
         x_t = mean + sigma * standard_normal() if sigma > 0 else mean
     return x_t
 
@@ -530,11 +526,13 @@ def invert(model, x_0, labels, steps=STEPS):
 
 CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot".split(", ")
 THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck".split(", ")
-DATASETS = {  # name: torchvision's class, and what a model has to know of its images
-    "mnist": ("MNIST", {"image_channels": 1, "image_size": 28, "classes": list("0123456789")}),
-    "fashion-mnist": ("FashionMNIST", {"image_channels": 1, "image_size": 28, "classes": CLOTHES}),
-    "cifar10": ("CIFAR10", {"image_channels": 3, "image_size": 32, "classes": THINGS}),
-}
+IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+DATASETS = {  # name: torchvision's class, the folder and the names of its files, what a model has to know of its images
+    "mnist": ("MNIST", "MNIST/raw", IDX, {"image_channels": 1, "image_size": 28, "classes": list("0123456789")}),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", IDX,
+                      {"image_channels": 1, "image_size": 28, "classes": CLOTHES}),
+    "cifar10": ("CIFAR10", "", "cifar-10-python.tar.gz", {"image_channels": 3, "image_size": 32, "classes": THINGS}),
+}  # fmt: skip
 
 
 def load_dataset(name, data_dir, train=True):
@@ -542,27 +540,17 @@ def load_dataset(name, data_dir, train=True):
 
     Returns images (N, C, H, W) uint8 and labels (N,) int64, on the CPU. Raises UserError when it cannot be had or read.
     """
-    class_name, config = DATASETS[name]
+    class_name, folder, files, config = DATASETS[name]
     dataset_class = getattr(torchvision.datasets, class_name)
-    if name == "cifar10":
-        files, url, folder = dataset_class.filename, dataset_class.url, Path(data_dir)
-    else:
-        files = "the four files " + ", ".join(file.removesuffix(".gz") for file, _ in dataset_class.resources)
-        url, folder = dataset_class.mirrors[0], Path(data_dir, class_name, "raw")
-    advice = f"put {files} into {folder}; they come from {url}"
-    try:
+    url = dataset_class.url if name == "cifar10" else dataset_class.mirrors[0]
+    C, size, classes = (config[key] for key in ("image_channels", "image_size", "classes"))
+    with explained(f"cannot download or read {name}: put {files} from {url} into {Path(data_dir, folder)}"):
         dataset = dataset_class(data_dir, train=train, download=True)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         # (N, H, W) if grey, (N, H, W, 3) if in colour
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    # Besides what a download raises, these are what torchvision's readers stumble over in a damaged file.
-    except (OSError, HTTPException, RuntimeError, ValueError, TypeError, AssertionError, LookupError, EOFError,
-            pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot download or read {name} ({reason}): {advice}") from error
-    expected = (len(labels), config["image_channels"], config["image_size"], config["image_size"])
-    if len(labels) == 0 or images.shape != expected or labels.min() < 0 or labels.max() >= len(config["classes"]):
-        raise UserError(f"{name} in {data_dir}: images {tuple(images.shape)} do not fit {len(labels)} labels: {advice}")
+        if images.shape != (len(labels), C, size, size) or not 0 <= labels.min() <= labels.max() < len(classes):
+            raise ValueError(f"images {tuple(images.shape)} do not fit {len(labels)} labels")
     return images.contiguous(), labels
 
 
@@ -571,68 +559,68 @@ def load_dataset(name, data_dir, train=True):
 # step of training depends on, down to the state of the random number generator. Both hold tensors and plain values
 # only, and are read with weights_only=True: a pickle could run any program.
 
+ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1  # a version number in both files, so that an older program can refuse a newer file
 
 
 def save(contents, path):
     """Writes a checkpoint to a temporary file beside path, then renames it: path holds the old file or the new one."""
-    buffer = io.BytesIO()  # torch.save into a file would turn "disk full" into an error of its own
-    torch.save({"format": FORMAT, **contents}, buffer)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
+    with explained(f"cannot write {path}; is the disk full?"), open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **contents}, file)
         file.flush()
         os.fsync(file.fileno())  # on the disk, not just on its way there, before the old file is given up
     os.replace(temporary, path)
 
 
 def load(path):
-    """Reads what save wrote, onto the CPU. Raises UserError when it is something else, OSError when unreadable."""
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise UserError(f"{path} is not a checkpoint, or it is cut short")
+    """Reads what save wrote, onto the CPU. Raises UserError when that is not possible, or path is something else."""
+    with explained(f"cannot read {path} as a checkpoint of ddpm.py"), open(path, "rb") as file:
+        if any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
+            raise ValueError("it is compressed, so a small file could fill the memory")
         file.seek(0)
-        try:
-            contents = torch.load(file, map_location="cpu", weights_only=True)
-            newer = bool(contents["format"] > FORMAT)
-        # Besides its own errors, torch.load raises whatever a damaged file makes its reader stumble over.
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError,
-                pickle.UnpicklingError) as error:
-            raise UserError(f"{path} is not a checkpoint of ddpm.py") from error
-    if newer:
-        raise UserError(f"{path} was written by a newer ddpm.py: update this one")
+        contents = torch.load(file, map_location="cpu", weights_only=True)
+        if contents["format"] > FORMAT:
+            raise ValueError("it was written by a newer ddpm.py: update this one")
     return contents
 
 
-def find_weights():
-    """The path of the newest weights of your own runs, or of those that come with this file."""
-    own = sorted(Path("runs").glob("*/weights.pt"), key=lambda path: path.stat().st_mtime)
-    return own[-1] if own else Path(__file__).parent / "assets" / "mnist.pt"
-
-
 def load_model(path=None, device="cpu"):
-    """The model of a weights.pt, ready for sampling; path defaults to find_weights().
+    """The model of a weights.pt, ready for sampling; by default the newest in runs/, or else assets/mnist.pt.
 
-    Raises UserError when the file is something else, OSError when it cannot be read.
+    Raises UserError when the file cannot be read or is something else.
     """
-    path = Path(path or find_weights())
+    own = sorted(Path("runs").glob("*/weights.pt"), key=os.path.getmtime)
+    path = Path(path or (own[-1] if own else ASSETS / "mnist.pt"))
     contents = load(path)
-    try:
-        model = UNet(contents["config"])
-        model.load_state_dict(contents["weights"])
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no weights for the network of this ddpm.py") from error
-    return model.to(device).eval().requires_grad_(False)
+    with explained(f"{path} holds no weights for the network of this ddpm.py"):
+        config, weights = contents["config"], contents["weights"]
+        if sum(tensor.numel() for tensor in weights.values()) > path.stat().st_size or config["timesteps"] > 10**6:
+            raise ValueError("it claims to be larger than it is")
+        with torch.device("meta"):  # shapes only, and no memory yet: the weights come from the file
+            model = UNet(config)
+        model.load_state_dict(weights, assign=True)
+        print(f"weights: {path} ({config['dataset']})")
+    return model.float().to(device).eval().requires_grad_(False)
 
 
 # Images.
 
 
+def from_bytes(images):
+    """Pixels as files have them, 0..255 in uint8, as the network wants them: float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x):
+    """The way back, on the CPU: x in [-1, 1] as uint8, rounded; what lies outside is cut."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
 def to_image(x, columns=None):
     """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default a square."""
-    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    grid = torchvision.utils.make_grid(x, nrow=columns or math.ceil(math.sqrt(len(x)))) if len(x) > 1 else x[0]
-    return torchvision.transforms.functional.to_pil_image(grid)
+    grid = torchvision.utils.make_grid(to_bytes(x), nrow=columns or math.ceil(math.sqrt(len(x))))  # (3, height, width)
+    return torchvision.transforms.functional.to_pil_image(grid if len(x) > 1 else to_bytes(x)[0])
 
 
 def generate_number(model, label, seed=0):
@@ -641,8 +629,8 @@ def generate_number(model, label, seed=0):
 
 
 def save_film(frames, path, columns):
-    """Writes the steps of a sampling: a GIF of x_t, four seconds and then two of the last frame; and beside it, as
-    moments_path(path), ten moments of the first image: x_t above, x_0_hat below.
+    """Writes the steps of a sampling: a GIF of x_t, four seconds and then two of the last frame; and ten moments of the
+    first image, x_t above, x_0_hat below, as film_moments.png beside film.gif.
 
     frames is a list of (x_t (N, C, H, W), x_0_hat (1, C, H, W)), from noise to image; path ends in .gif.
     """
@@ -653,12 +641,7 @@ def save_film(frames, path, columns):
     durations = [4000 // len(film)] * (len(film) - 1) + [2000]  # milliseconds
     film[0].save(path, save_all=True, append_images=film[1:], duration=durations, loop=0)
     strip = [x_t[:1] for x_t, _ in moments(10)] + [x_0_hat for _, x_0_hat in moments(10)]
-    to_image(torch.cat(strip), columns=len(strip) // 2).save(moments_path(path))
-
-
-def moments_path(gif):
-    """Where the ten moments of a film go: film.gif -> film_moments.png."""
-    return gif.with_name(gif.stem + "_moments.png")
+    to_image(torch.cat(strip), columns=len(strip) // 2).save(path.with_name(path.stem + "_moments.png"))
 
 
 def read_digit(path, size=28):
@@ -668,12 +651,8 @@ def read_digit(path, size=28):
     (LeCun et al. 1998, section III.A): the digit fits into a box of 20x20 pixels, and its centre of mass lies in the
     middle of 28x28. Raises UserError when the file is not an image, too large, or shows nothing.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 million pixels and more
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    with explained(f"cannot read {path} as an image"):  # also when it has far too many pixels
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
     image.thumbnail((200, 200))  # enough for a digit, and the mean of many pixels has less noise
     grey = torchvision.transforms.functional.to_tensor(image)[0]  # (height, width) in [0, 1]
@@ -687,18 +666,14 @@ def read_digit(path, size=28):
     if ink.max() < 0.15:
         raise UserError(f"{path} shows no digit: nothing in it stands out from its margin")
     ink = (ink / ink.max() - 0.15).clamp(min=0)  # without the grain of the paper
-    inked = (ink > 0.05).nonzero()
-    (top, left), (bottom, right) = inked.amin(dim=0).tolist(), (inked.amax(dim=0) + 1).tolist()
-    box = ink[None, None, top:bottom, left:right]
-    scale = size * 20 / 28 / max(box.shape[2:])
-    height, width = (max(1, round(n * scale)) for n in box.shape[2:])
-    box = F.interpolate(box, (height, width), mode="bilinear", antialias=True)[0, 0]
+    inked_rows, inked_columns = (ink > 0.05).nonzero().T
+    box = ink[inked_rows.min() : inked_rows.max() + 1, inked_columns.min() : inked_columns.max() + 1]
+    shape = [max(1, round(n * size * 20 / 28 / max(box.shape))) for n in box.shape]
+    box = F.interpolate(box[None, None], shape, mode="bilinear", antialias=True)[0, 0]
     box = (box / box[box > 0.3 * box.max()].median()).clamp(0, 1)  # strokes as white as MNIST's, thin ones too
-    centre_y = (box.sum(dim=1) * torch.arange(height)).sum() / box.sum()  # of mass
-    centre_x = (box.sum(dim=0) * torch.arange(width)).sum() / box.sum()
-    top = min(max(0, round(size / 2 - centre_y.item())), size - height)
-    left = min(max(0, round(size / 2 - centre_x.item())), size - width)
-    return F.pad(box * 2 - 1, (left, size - width - left, top, size - height - top), value=-1.0)[None, None]
+    centre = [(box.sum(dim=1 - dim) * torch.arange(n)).sum() / box.sum() for dim, n in enumerate(shape)]  # of mass
+    top, left = (min(max(0, round(size / 2 - c.item())), size - n) for c, n in zip(centre, shape))
+    return F.pad(box * 2 - 1, (left, size - left - shape[1], top, size - top - shape[0]), value=-1.0)[None, None]
 
 
 # ======================================================================================================================
@@ -757,72 +732,34 @@ def train_step(model, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps,
 def in_range(convert, low, high):
     """An argparse type: convert(text), refused outside [low, high]."""
 
-    def parse(text):
-        value = convert(text)
-        if not low <= value <= high:
+    def number(text):  # argparse will say "invalid number value"
+        if not low <= (value := convert(text)) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    parse.__name__ = convert.__name__  # argparse says "invalid int value"
-    return parse
+    return number
 
 
 POSITIVE, SHARE = in_range(int, 1, 10**9), in_range(float, 0, 1)
-SEED = {"default": 0, "type": in_range(int, 0, 2**31), "help": "of the random numbers"}
 TRAIN_OPTIONS = {  # what a checkpoint remembers of the command, as add_argument wants it
     "dataset": {"default": "mnist", "choices": DATASETS, "help": "what to learn"},
     "epochs": {"default": 30, "type": POSITIVE, "help": "passes over the data"},
     "batch_size": {"default": 128, "type": POSITIVE, "help": "images per step"},
     "lr": {"default": 1e-3, "type": in_range(float, 0, 1000), "help": "peak learning rate"},
-    "timesteps": {"default": 1000, "type": POSITIVE, "help": "T, noising steps"},
+    "timesteps": {"default": 1000, "type": in_range(int, 1, 10**6), "help": "T, noising steps"},
     "schedule": {"default": "linear", "choices": ["linear", "cosine"], "help": "of the noise"},
     "channels": {"default": [32, 64, 128, 256], "type": POSITIVE, "nargs": "+", "help": "one number a level"},
     "class_dropout": {"default": 0.1, "type": SHARE, "help": "share of labels to drop; 0: sample with --guidance 1"},
     "ema_decay": {"default": 0.999, "type": SHARE, "help": "of the averaged weights, per step"},
-    "seed": SEED,
+    "seed": {"default": 0, "type": in_range(int, 0, 2**31), "help": "of the random numbers"},
 }
 SAVE_EVERY = 300  # seconds
 
 
-def choose_device(name):
-    """The device of that name; "auto" is the first of cuda, mps and cpu that is there. Raises UserError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device  # the only sure way to find out
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} is not available: try --device auto") from error
-
-
-def count_parameters(module):
-    """The number of weights in it."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def show(line, last=False):
     """Progress: on a terminal, one line that is written over again and again; elsewhere, only the last one."""
-    if sys.stdout.isatty():
-        print("\r" + line.ljust(79), end="\n" if last else "", flush=True)
-    elif last:
-        print(line, flush=True)
-
-
-def begin_or_resume(args):
-    """The folder of the run, its options, and the contents of its checkpoint if it is resumed. Raises UserError."""
-    given = {name: getattr(args, name) for name in TRAIN_OPTIONS if getattr(args, name) is not None}
-    options = {name: option["default"] for name, option in TRAIN_OPTIONS.items()} | given
-    out = Path(args.out or f"runs/{options['dataset']}")
-    path = out / "checkpoint.pt"
-    if not args.resume:
-        if path.exists():
-            raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
-        return out, options, None
-    saved = load(path)
-    begun_with = options | saved.get("options", {})
-    changed = ["--" + name.replace("_", "-") for name in given if given[name] != begun_with[name] and name != "epochs"]
-    if changed:
-        raise UserError(f"{path} was begun with another {' and '.join(changed)}: leave that out, or start anew")
-    return out, begun_with | given, saved
+    if last or sys.stdout.isatty():
+        print("\r" + line.ljust(79) if sys.stdout.isatty() else line, end="\n" if last else "", flush=True)
 
 
 def train(args):
@@ -830,243 +767,396 @@ def train(args):
 
     args is what make_parser parsed. Returns 0, or 130 if it was told to stop. Raises UserError and OSError.
     """
-    device = choose_device(args.device)
-    out, options, saved = begin_or_resume(args)
-    config = {name: options[name] for name in ("dataset", "channels", "schedule", "timesteps")}
-    config |= DATASETS[options["dataset"]][1]
+    given = {name: getattr(args, name) for name in TRAIN_OPTIONS if getattr(args, name) is not None}
+    out, device = Path(args.out or f"runs/{given.get('dataset', 'mnist')}"), torch.device(args.device)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not args.resume:
+        raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    saved = load(checkpoint) if args.resume else {}
+    options = {name: option["default"] for name, option in TRAIN_OPTIONS.items()} | saved.get("options", given)
+    changed = ["--" + name.replace("_", "-") for name in given if given[name] != options[name] and name != "epochs"]
+    if changed:
+        raise UserError(f"{out} was begun with another {' and '.join(changed)}: leave that out, or start anew")
+    options |= given
+    config = options | DATASETS[options["dataset"]][-1]
+
+    # torchrun starts several processes and numbers them. Each takes its share of every batch, with noise of its own,
+    # and DistributedDataParallel averages their gradients, so that all have the same weights after every step. Process
+    # 0 alone downloads, reports and saves.
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank == 0:
+        print(f"{options['dataset']}, {options['epochs']} epochs, on {device}, into {out}", flush=True)
+        load_dataset(options["dataset"], args.data_dir)  # downloads, while the others wait for it in init_process_group
+    if processes > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    images, labels = (tensor.to(device) for tensor in load_dataset(options["dataset"], args.data_dir))
 
     torch.manual_seed(options["seed"])
     model = UNet(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
     parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    rng = torch if device.type == "cpu" else getattr(torch, device.type)  # where the random state of the device lives
-    step, history, loss_sum = 0, ["epoch,step,loss,lr,images_per_s"], torch.zeros((), device=device)
+    first_step, history, loss_sum = 0, ["epoch,step,loss,lr,images_per_s"], torch.zeros((), device=device)
     if saved:
-        try:
+        with explained(f"{checkpoint} does not fit this network: choose another --out"):
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            step, history = saved["step"], saved["history"]
+            first_step, history = saved["step"], saved["history"]
             loss_sum += saved["loss_sum"]
-            if saved["device"] == device.type:  # on another device the run goes on, with other noise
-                rng.set_rng_state(saved["random_state"])
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{out / 'checkpoint.pt'} does not fit this network: choose another --out") from error
+    network = torch.compile(model) if args.compile else model  # a faster view of the same weights
+    if processes > 1:
+        network = nn.parallel.DistributedDataParallel(network)
+        network.config = config
 
-    images, labels = (tensor.to(device) for tensor in load_dataset(options["dataset"], args.data_dir))
-    batch_size = min(options["batch_size"], len(images))
+    batch_size = max(1, min(options["batch_size"], len(images)) // processes) * processes
     steps_per_epoch = len(images) // batch_size  # the remainder, different images in each epoch, is skipped
     epochs, total_steps = options["epochs"], options["epochs"] * steps_per_epoch
     betas = beta_schedule(options["schedule"], options["timesteps"])
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float().to(device)
-    network = torch.compile(model) if args.compile else model  # a faster view of the same weights
+    if saved and epochs != saved["options"]["epochs"]:
+        lr = learning_rate(first_step, total_steps, options["lr"])  # on the curve of the new number of epochs
+        show(f"--epochs is now {epochs}, so the learning rate goes on at {lr:.1e}", last=rank == 0)
 
-    # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent.
+    # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent. Of several
+    # processes, 0 decides: if another one left first, the step that 0 is in could not be finished.
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+        signal.signal(number, signal.SIG_IGN if rank > 0 else lambda number, frame: stop.append(number))
 
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(images)} images of {options['dataset']}, {epochs} epochs, on {device}, into {out}", flush=True)
-    first_step, order, rate = step, None, 0
-    started_at = saved_at = shown_at = time.monotonic()
-    while step < total_steps:
+    saved_at, shown_at, saved_step, rate = time.monotonic(), time.monotonic(), first_step, 0
+    for step in range(first_step, total_steps):
         epoch, position = divmod(step, steps_per_epoch)
-        if position == 0:
-            loss_sum.zero_()
-        if position == 0 or order is None:
-            # The order of an epoch depends on seed and epoch alone: a resumed run finds its place in it again.
-            shuffle = torch.Generator().manual_seed(options["seed"] * 1_000_000 + epoch)
+        # All chance follows from the seed and the place in the run, so a resumed run needs no state of a generator.
+        if position == 0 or step == first_step:
+            shuffle = torch.Generator().manual_seed(hash((options["seed"], epoch)))
             order = torch.randperm(len(images), generator=shuffle).to(device)
-        batch = order[position * batch_size : (position + 1) * batch_size]
-        x_0 = images[batch].float() / 127.5 - 1  # bytes 0..255 to [-1, 1]
-        loss_sum += train_step(network, ema, optimizer, x_0, labels[batch], alphas_cumprod, step, total_steps, options)
-        step += 1
+        torch.manual_seed(hash((options["seed"], step, rank)))
+        batch = order[position * batch_size : (position + 1) * batch_size][rank::processes]
+        x_0, y = from_bytes(images[batch]), labels[batch]
+        loss_sum += train_step(network, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options)
 
-        now, end_of_epoch = time.monotonic(), step % steps_per_epoch == 0
-        save_now = end_of_epoch or stop or now - saved_at > SAVE_EVERY
-        if save_now or sys.stdout.isatty() and now - shown_at > 0.5:
-            loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} by step {step}, and nothing was saved since: try a lower --lr")
-            shown_at = time.monotonic()
-            rate = (step - first_step) * batch_size / (shown_at - started_at)
-            left = timedelta(seconds=round((total_steps - step) * batch_size / rate))
-            line = f"epoch {epoch + 1}/{epochs}  step {step}  loss {loss:.4f}  {rate:.0f} images/s  {left} left"
-            show(line, last=end_of_epoch)
-        if save_now:
-            if end_of_epoch:
-                lr = learning_rate(step - 1, total_steps, options["lr"])
-                history.append(f"{epoch + 1},{step},{loss:.6f},{lr:.3e},{rate:.0f}")
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"options": options, "step": step, "history": history, "loss_sum": loss_sum.item()}
-            save({**state, "device": device.type, "random_state": rng.get_rng_state()}, out / "checkpoint.pt")
-            save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
-            (out / "log.csv").write_text("\n".join(history) + "\n")  # all of it: no row twice, none missing
-            if end_of_epoch and ((epoch + 1) % args.sample_every == 0 or step == total_steps):
-                # Each class five times, from the same noise after every epoch, so that epochs can be compared.
-                guidance = GUIDANCE if options["class_dropout"] > 0 else 1
-                x_0 = sample(ema, list(range(model.num_classes)) * 5, guidance=guidance)
-                to_image(x_0, columns=model.num_classes).save(out / f"samples_{epoch + 1:03d}.png")
-            saved_at = time.monotonic()
-            started_at += saved_at - shown_at  # images and files are not training time
-            if stop and step < total_steps:
-                show(f"stopped at step {step} of {total_steps}; go on with the same command and --resume", last=True)
-                return 130
+        done, end_of_epoch = step + 1, position + 1 == steps_per_epoch
+        save_now = end_of_epoch or stop or time.monotonic() - saved_at > SAVE_EVERY
+        if rank > 0 or not (save_now or sys.stdout.isatty() and time.monotonic() - shown_at > 0.5):
+            continue
+        loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
+        shown_at = time.monotonic()
+        rate = (done - saved_step) * batch_size / (shown_at - saved_at)
+        left = f"{(total_steps - done) * batch_size / rate / 60:.1f} min left"
+        show(f"epoch {epoch + 1}/{epochs}  step {done}  loss {loss:.4f}  {rate:.0f} images/s  {left}", end_of_epoch)
+        if not save_now:
+            continue
+        if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
+            raise UserError(f"the loss is {loss} by step {done}, and nothing was saved after step {saved_step}")
+        if end_of_epoch:
+            history.append(f"{epoch + 1},{done},{loss:.6f},{optimizer.param_groups[0]['lr']:.3e},{rate:.0f}")
+            loss_sum.zero_()
+        progress = {"options": options, "step": done, "history": history, "loss_sum": loss_sum.item()}
+        save({name: part.state_dict() for name, part in parts.items()} | progress, checkpoint)
+        save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
+        (out / "log.csv").write_text("\n".join(history) + "\n")  # all of it: no row twice, none missing
+        if end_of_epoch and ((epoch + 1) % args.sample_every == 0 or done == total_steps):
+            # Each class five times, from the same noise after every epoch, so that epochs can be compared; without
+            # guidance, to see what the network itself can do.
+            x_0 = sample(ema, list(range(len(config["classes"]))) * 5, guidance=1)
+            to_image(x_0, columns=len(config["classes"])).save(out / f"samples_{epoch + 1:03d}.png")
+        if stop and done < total_steps:
+            show(f"stopped at step {done} of {total_steps}; go on with the same command and --resume", last=True)
+            return 130
+        saved_at, saved_step = time.monotonic(), done
 
-    seconds = round(time.monotonic() - started_at)
-    print(f"{step - first_step} steps in {timedelta(seconds=seconds)}, {rate:.0f} images/s")
-    print(f"weights, log and images are in {out}; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
+    show(f"done, at {rate:.0f} images/s; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}", last=rank == 0)
 
 
 # ======================================================================================================================
-# 8. The command line
+# 8. Evaluation
 # ======================================================================================================================
+#
+# How good are the images? Three numbers, each blind to something, so none is given alone; and each beside the same
+# number for as many real test images, the yardstick: without it, nobody knows what a good value is.
+#
+# Label accuracy: how often does a classifier read the digit that was asked for? It sees whether the class arrived, not
+# whether the image looks like handwriting: a printed 3 would pass. Text-to-image models are often judged by CLIP, which
+# compares an image with a sentence; but CLIP has seen photographs and captions, and what it says about a 28x28 digit is
+# a similarity that differs from digit to digit for reasons of its own. A classifier answers the very question.
+#
+# Inception Score (Salimans et al. 2016, arXiv 1606.03498): is the classifier sure about each image, and does it find
+# all classes equally often? It goes from 1 to the number of classes. It sees neither whether digits look written nor
+# whether all threes are the same three, and is given because everybody knows it.
+#
+# FID (Heusel et al. 2017, arXiv 1706.08500): take the features that the classifier calculates before it decides, of the
+# samples and of the training images; describe either set by its mean and covariance; and measure how far these two
+# Gaussians are apart. It sees missing variety and wrong style, and 0 is best. The features usually come from Inception,
+# a network for photographs of 299x299 pixels with 1000 classes of things. Grey digits, scaled up tenfold, are nothing
+# that it knows, and numbers from a network that knows them cannot be compared with those anyway. So FID here is only to
+# be compared with FID here, for the same number of images: fewer images make it larger.
+#
+# The fourth number needs no samples. The loss of section 4, on images of the training set and on images that the
+# network has not seen, shows overfitting, if the second is larger; in five bands of t, where the loss comes from.
 
-BATCH = 256  # images that are sampled at once
+BATCH = 256  # images that are drawn, or judged, at once
+CLASSIFIER_STEPS = 1900  # of training; about four epochs of MNIST
+
+
+def make_classifier(config):
+    """A small convolutional network: images (B, C, H, W) in [-1, 1] -> features (B, 64) -> logits (B, classes)."""
+
+    def block(in_channels, out_channels):
+        return nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
+
+    features = nn.Sequential(
+        *block(config["image_channels"], 16), nn.MaxPool2d(2),  # (B, 16, 14, 14)
+        *block(16, 32), *block(32, 32), nn.MaxPool2d(2),  # (B, 32, 7, 7)
+        *block(32, 64), *block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (B, 64)
+    )  # fmt: skip
+    return nn.Sequential(features, nn.Linear(64, len(config["classes"])))
+
+
+@torch.inference_mode()
+def judge(classifier, images):
+    """Images (N, C, H, W) uint8 -> the classifier's probabilities (N, classes) and features (N, 64), float64, CPU."""
+    features, head = classifier
+    f = torch.cat([features(from_bytes(batch.to(head.weight.device))) for batch in images.split(BATCH)])
+    return head(f).cpu().double().softmax(dim=1), f.cpu().double()
+
+
+def frechet_distance(mean_1, cov_1, mean_2, cov_2):
+    """FID: the squared Fréchet distance of two Gaussians, of means (D,) and covariances (D, D), float64."""
+    # Heusel et al.: d² = ‖μ_1 - μ_2‖² + Tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½). The trace of a square root is the sum of the
+    # square roots of the eigenvalues, which are real and not negative here, but for rounding.
+    roots = torch.linalg.eigvals(cov_1 @ cov_2).real.clamp(min=0).sqrt()
+    return ((mean_1 - mean_2) ** 2).sum() + torch.trace(cov_1 + cov_2) - 2 * roots.sum()
+
+
+def inception_score(probabilities):
+    """exp E KL(p(y|x) ‖ p(y)) of probabilities p(y|x) (N, classes) (Salimans et al. 2016): 1 to classes."""
+    # E KL(p(y|x) ‖ p(y)) = H(E p(y|x)) - E H(p(y|x)), with the entropy H
+    mean_entropy = torch.special.entr(probabilities).sum(dim=1).mean()
+    return (torch.special.entr(probabilities.mean(dim=0)).sum() - mean_entropy).exp()
+
+
+def load_classifier(name, data_dir, device):
+    """The classifier of a data set, and mean (64,) and covariance (64, 64) of its features of the training images.
+
+    All are made first if that has not been done yet, and kept in runs/. Raises UserError.
+    """
+    file = f"classifier_{name}.pt"
+    path = ASSETS / file if (ASSETS / file).exists() else Path("runs", file)
+    torch.manual_seed(0)
+    classifier = make_classifier(DATASETS[name][-1]).to(device)
+    if not path.exists():
+        print(f"training a classifier of {name}, once; on a CPU this takes a minute or two", flush=True)
+        images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
+        optimizer = torch.optim.AdamW(classifier.parameters())
+        for step in range(CLASSIFIER_STEPS):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, CLASSIFIER_STEPS, peak=3e-3)
+            batch = torch.randint(len(images), (128,), device=device)
+            # Moved by up to two pixels, so that it learns the shape of a digit and not its place.
+            x = torch.roll(from_bytes(images[batch]), torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
+            loss = F.cross_entropy(classifier(x), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        _, features = judge(classifier.eval(), images)
+        path.parent.mkdir(exist_ok=True)
+        save({"weights": classifier.state_dict(), "mean": features.mean(dim=0), "cov": features.T.cov()}, path)
+    contents = load(path)
+    with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
+        classifier.load_state_dict(contents["weights"])
+        return classifier.eval(), contents["mean"], contents["cov"]
+
+
+@torch.inference_mode()
+def denoising_loss(model, images, labels):
+    """The loss of section 4 in five bands of t: images (N, C, H, W) uint8, labels (N,) -> {name: text}.
+
+    t and noise come from a fixed seed: two sets of the same size get the same, so that their losses can be compared.
+    """
+    rows, device, T = {}, next(model.parameters()).device, model.config["timesteps"]
+    alphas_cumprod = torch.cumprod(1 - beta_schedule(model.config["schedule"], T), dim=0).float().to(device)
+    every = max(1, len(images) // 1000)  # 1000 images or a few more are enough
+    x_0, y = from_bytes(images[::every].to(device)), labels[::every].to(device)
+    edges = sorted({T * i // 5 for i in range(6)})
+    for low, high in zip(edges[:-1], edges[1:]):
+        torch.manual_seed(0)
+        rows[f"loss, t {low}..{high - 1}"] = f"{ddpm_loss(model, x_0, y, alphas_cumprod, 0, (low, high)):.4f}"
+    return rows
+
+
+def draw(model, labels, seeds, args, x_T=None, on_step=None):
+    """Samples in batches, with progress: labels and seeds are lists (N), args as parsed. Yields x_0 (B, C, H, W)."""
+    started_at = time.monotonic()
+    for start in range(0, len(labels), BATCH):
+        part = slice(start, start + BATCH)
+        yield sample(model, labels[part], args.steps, args.eta, args.guidance, args.guidance_interval, seeds[part],
+                     x_T, on_step)  # fmt: skip
+        done = min(start + BATCH, len(labels))
+        show(f"{done} of {len(labels)}, {done / (time.monotonic() - started_at):.1f} images/s", last=done == len(labels))
+
+
+def evaluate(args):
+    """The evaluate command: draws images, judges them beside as many real ones, and prints a table."""
+    model = load_model(args.checkpoint, args.device)
+    name, classes, count = model.config["dataset"], model.config["classes"], args.count
+    if name not in DATASETS or model.config != model.config | DATASETS[name][-1]:
+        raise UserError(f"this model draws none of {', '.join(DATASETS)}: there is nothing to compare its images with")
+    if not 64 < count <= 10000:
+        raise UserError("--count must be above 64, or the covariance of 64 features cannot be estimated, up to 10000")
+    classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
+    real, y = {}, torch.arange(count) % len(classes)
+    try:
+        for part, train in ("test images", False), ("training images", True):
+            images, labels = load_dataset(name, args.data_dir, train)
+            # Taken evenly from the whole set, as MNIST's test set begins with its easier half.
+            chosen = torch.arange(count) * len(labels) // count
+            real[part] = images[chosen], labels[chosen]
+        y = real["test images"][1]  # so that both have as many of each class
+    except UserError as error:
+        print(f"no figures of real images: {error}")
+
+    calls, started_at = [], time.monotonic()
+    model.register_forward_hook(lambda model, inputs, output: calls.append(len(output)))
+    seeds = range(args.seed * 1_000_000, args.seed * 1_000_000 + count)
+    samples = torch.cat([to_bytes(x_0) for x_0 in draw(model, y.tolist(), seeds, args)])
+    print(f"{sum(calls) / count:g} network evaluations an image, {sum(calls) / (time.monotonic() - started_at):.0f}/s\n")
+
+    table = {}
+    for part, (images, labels) in {"samples": (samples, y), **real}.items():
+        probabilities, features = judge(classifier, images)
+        right = (probabilities.argmax(dim=1) == labels).double()
+        rows = {"images": f"{count}", "label accuracy": f"{right.mean():.2%}"}
+        rows |= {f"  {name}": f"{right[labels == y].mean():.2%}" for y, name in enumerate(classes)}
+        rows["FID"] = f"{frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov):.3f}"
+        rows["Inception Score"] = f"{inception_score(probabilities):.3f}"
+        table[part] = rows | (denoising_loss(model, images, labels) if part in real else {})
+    print(" " * 18 + "".join(f"{part:>18}" for part in table))
+    for row in dict.fromkeys(row for rows in table.values() for row in rows):
+        print(f"{row:<18}" + "".join(f"{rows.get(row, ''):>18}" for rows in table.values()))
+
+
+# ======================================================================================================================
+# 9. The command line
+# ======================================================================================================================
 
 
 def class_number(name, classes):
     """The number of a class, given its name in any case or its number as text. Raises UserError."""
-    if name.lower() in classes:
-        return classes.index(name.lower())
-    if name.isdecimal() and int(name) < len(classes):
-        return int(name)
-    raise UserError(f"there is no class {name!r}: choose 0 to {len(classes) - 1}, or one of {', '.join(classes)}")
+    names = [str(number) for number in range(len(classes))] + classes
+    if name.lower() not in names:
+        raise UserError(f"there is no class {name!r}: choose 0 to {len(classes) - 1}, or one of {', '.join(classes)}")
+    return names.index(name.lower()) % len(classes)
 
 
 def sample_command(args):
     """The sample command: draws the labels asked for and writes one image file, or a folder of them."""
     out, gif = Path(args.out), args.gif and Path(args.gif)
-    if out.suffix not in ("", ".png") or gif and gif.suffix != ".gif":
-        raise UserError("--out takes a .png file or a folder, --gif a .gif file")
-    if args.like and not args.like_label:
-        raise UserError("--like needs --like-label, the digit that the image shows")
-    device = choose_device(args.device)
-    path = Path(args.checkpoint or find_weights())
-    model = load_model(path, device)
+    model = load_model(args.checkpoint, args.device)
     config, classes = model.config, model.config["classes"]
-    print(f"weights: {path} ({config['dataset']})")
     # One label fills a square; several make a row, a number for example, that is drawn count times.
     row = [class_number(name, classes) for name in args.label or classes]
     columns = len(row) if len(row) > 1 else None
     labels = row * (args.count or (1 if columns or args.like else 16))
+    if out.suffix not in ("", ".png") or gif and gif.suffix != ".gif":
+        raise UserError("--out takes a .png file or a folder, --gif a .gif file")
     if gif and len(labels) > BATCH:
         raise UserError(f"--gif shows {BATCH} images at most, not {len(labels)}")
-    x_T = None
-    if args.like:
-        if config["image_channels"] != 1:
-            raise UserError("--like needs a model of grey images")
-        x_0 = read_digit(args.like, config["image_size"]).to(device)
-        x_T = invert(model, x_0, [class_number(args.like_label, classes)], args.steps)
+    if args.like and not (args.like_label and config["image_channels"] == 1):
+        raise UserError("--like needs --like-label, the digit that the image shows, and a model of grey images")
+    x_T = invert(model, read_digit(args.like, config["image_size"]).to(args.device),
+                 [class_number(args.like_label, classes)], args.steps) if args.like else None  # fmt: skip
 
-    for file in filter(None, (out, gif)):
-        (file.parent if file.suffix else file).mkdir(parents=True, exist_ok=True)
-    started_at, images, frames = time.monotonic(), [], []
-    for start in range(0, len(labels), BATCH):
-        batch = labels[start : start + BATCH]
-        # The images of a row start from the same noise: they come out as if one hand had written them.
-        seeds = [args.seed * 1_000_000 + (start + i) // len(row) for i in range(len(batch))]
-        on_step = (lambda x_t, x_0_hat: frames.append((x_t.cpu(), x_0_hat[:1].cpu()))) if gif else None
-        x_0 = sample(model, batch, args.steps, args.eta, args.guidance, args.guidance_interval, seeds, x_T, on_step)
+    for folder in out.parent if out.suffix else out, (gif or out).parent:
+        folder.mkdir(parents=True, exist_ok=True)
+    # The images of a row start from the same noise: they come out as if one hand had written them.
+    seeds = [args.seed * 1_000_000 + i // len(row) for i in range(len(labels))]
+    images, frames, names = [], [], (f"{label}_{i:05d}.png" for i, label in enumerate(labels))
+    on_step = (lambda x_t, x_0_hat: frames.append((x_t.cpu(), x_0_hat[:1].cpu()))) if gif else None
+    for x_0 in draw(model, labels, seeds, args, x_T, on_step):
         if out.suffix:
             images.append(x_0.cpu())
         else:
-            for i, label in enumerate(batch):
-                to_image(x_0[i : i + 1]).save(out / f"{label}_{start + i:05d}.png")
-        done = start + len(batch)
-        rate = done / (time.monotonic() - started_at)
-        show(f"{done} of {len(labels)} images, {rate:.1f} images/s", last=done == len(labels))
+            for image in x_0:
+                to_image(image[None]).save(out / next(names))
     if out.suffix:
         to_image(torch.cat(images), columns).save(out)
     if gif:
         save_film([*frames, (x_0.cpu(), x_0[:1].cpu())], gif, columns)
-    print(f"written: {out}" + (f", {gif} and {moments_path(gif)}" if gif else ""))
+    print(f"written: {out}" + (f", {gif} and its ten moments" if gif else ""))
 
 
 def shapes_command(args):
     """The shapes command: runs the network once and prints what each of its blocks gives out."""
-    config = {"channels": args.channels, **DATASETS[args.dataset][1]}
-    model = UNet(config)
-
-    def report(name):  # a hook that prints its line when the block has run, so in the order of the forward pass
-        return lambda block, _, out: print(f"{name:<14} {tuple(out.shape[1:])!s:<18} {count_parameters(block):>10,}")
-
-    for name, child in model.named_children():
-        parts = child.named_children() if isinstance(child, nn.ModuleList) else [(None, child)]
-        for i, block in parts:
-            block.register_forward_hook(report(f"{name}.{i}" if i else name))
+    model = UNet({"channels": args.channels, "schedule": "linear", "timesteps": 1, **DATASETS[args.dataset][-1]})
     print(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
-    zero = torch.zeros(1, dtype=torch.int64)
-    with torch.inference_mode():
-        model(torch.zeros(1, config["image_channels"], config["image_size"], config["image_size"]), zero, zero)
-    print(f"{'total':<33} {count_parameters(model):>10,}")
+    for name, block in model.named_modules():  # "" is the whole network
+        if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
+            line = f"{name or 'total':<14} {{!s:<18}} {sum(p.numel() for p in block.parameters()):>10,}"
+            # A hook prints when the block has run, so in the order of the forward pass.
+            block.register_forward_hook(lambda _, inputs, out, line=line: print(line.format(tuple(out.shape[1:]))))
+    sample(model, [0], guidance=1)
 
 
 def make_parser():
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
     commands = parser.add_subparsers(dest="command", required=True, help="each has its own --help")
-
-    def add_command(name, run, help):
-        command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=run)
-        return command
+    train = commands.add_parser("train", help="train a model; write weights, log and samples into a folder")
+    sample = commands.add_parser("sample", help="draw images with trained weights")
+    evaluate = commands.add_parser("evaluate", help="draw images and measure how good they are, beside real ones")
+    shapes = commands.add_parser("shapes", help="show each block's output shape and number of parameters")
 
     def flag(command, name, help, default=None, **options):
         help += f" (default: {default})" if default is not None else ""
         command.add_argument(name, help=help, default=default, **options)
 
-    c = add_command("train", train, "Train a model; write weights, log and samples into a folder.")
     for name, option in TRAIN_OPTIONS.items():  # None means not given, so that a resumed run may keep what it has
         option = {**option, "default": None, "help": f"{option['help']} (default: {option['default']})"}
-        c.add_argument("--" + name.replace("_", "-"), **option)
-    flag(c, "--data-dir", "folder of the data sets; what is not there is downloaded", "data")
-    flag(c, "--out", "folder of the run (default: runs/DATASET)")
-    flag(c, "--sample-every", "epochs between sample images", 1, type=POSITIVE)
-    flag(c, "--device", "where to calculate", "auto", choices=["auto", "cuda", "mps", "cpu"])
-    c.add_argument("--resume", action="store_true", help="go on with the run in --out, by its own options")
-    c.add_argument("--compile", action="store_true", help="use torch.compile: a minute's wait, then faster steps")
+        train.add_argument("--" + name.replace("_", "-"), **option)
+    flag(train, "--out", "folder of the run (default: runs/DATASET)")
+    flag(train, "--sample-every", "epochs between sample images", 1, type=POSITIVE)
+    flag(train, "--resume", "go on with the run in --out, by its own options", action="store_true")
+    flag(train, "--compile", "use torch.compile: a minute's wait, then faster steps", action="store_true")
 
-    c = add_command("sample", sample_command, "Draw images with trained weights.")
-    flag(c, "--label", "a class, or the classes of a row, by number or name (default: all)", nargs="+")
-    flag(c, "--count", "images of one label (default: 16), or rows of several (default: 1)", type=POSITIVE)
-    flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
-    flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
-    flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=SHARE)
-    flag(c, "--guidance", "S in eps_uncond + S (eps_cond - eps_uncond): 0 unconditional, 1 conditional, more: guided",
-         GUIDANCE, type=in_range(float, 0, 1000), metavar="S")
-    flag(c, "--guidance-interval", "shares of T between which an S above 1 applies", GUIDANCE_INTERVAL,
-         type=SHARE, nargs=2, metavar=("LO", "HI"))
-    flag(c, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
-    flag(c, "--like-label", "the digit that IMAGE shows", metavar="D")
-    flag(c, "--gif", "write a film of noise becoming images, and ten moments of it as PATH_moments.png", metavar="PATH")
-    flag(c, "--out", "a .png file, or a folder to fill", "samples.png")
-    flag(c, "--seed", **SEED)
-    flag(c, "--device", "where to calculate", "auto", choices=["auto", "cuda", "mps", "cpu"])
+    flag(sample, "--label", "a class, or the classes of a row, by number or name (default: all)", nargs="+")
+    flag(sample, "--count", "images of one label (default: 16), or rows of several (default: 1)", type=POSITIVE)
+    flag(sample, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
+    flag(sample, "--like-label", "the digit that IMAGE shows", metavar="D")
+    flag(sample, "--gif", "write a film of the sampling, and ten moments of it as PATH_moments.png", metavar="PATH")
+    flag(sample, "--out", "a .png file, or a folder to fill", "samples.png")
+    flag(evaluate, "--count", "images to draw, and test images to compare them with", 10000, type=POSITIVE)
 
-    c = add_command("shapes", shapes_command, "Show each block's output shape and number of parameters.")
+    for c in sample, evaluate:
+        flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
+        flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
+        flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=SHARE)
+        flag(c, "--guidance", "S: 0 unconditional, 1 conditional, more: guided", GUIDANCE, type=in_range(float, 0, 99))
+        flag(c, "--guidance-interval", "shares of T: where S may be above 1", GUIDANCE_INTERVAL, type=SHARE, nargs=2)
+        flag(c, "--seed", **TRAIN_OPTIONS["seed"])
+    for c in train, evaluate:
+        flag(c, "--data-dir", "folder of the data sets; what is not there is downloaded", "data")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    devices = [device for device in there if there[device]]
+    for c in train, sample, evaluate:
+        flag(c, "--device", "where to run", "auto", type=lambda name: name.replace("auto", devices[0]), choices=devices)
     for name in ("dataset", "channels"):
-        flag(c, "--" + name, **TRAIN_OPTIONS[name])
+        flag(shapes, "--" + name, **TRAIN_OPTIONS[name])
     return parser
 
 
 def main(argv=None):
     """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 error, 130 stopped."""
     args = make_parser().parse_args(argv)
-    socket.setdefaulttimeout(30)  # seconds; a download that hangs should end, but torchvision sets no limit
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    commands = {"train": train, "sample": sample_command, "evaluate": evaluate, "shapes": shapes_command}
     try:
-        return args.run(args) or 0
+        return commands[args.command](args) or 0
     except (UserError, OSError) as error:
         print(f"ddpm.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ddpm.py: stopped; what is written stays", file=sys.stderr)
         return 130
-    finally:
-        for number, handler in handlers.items():  # train has its own; a notebook goes on after it
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
