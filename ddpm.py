@@ -50,7 +50,6 @@ minutes an epoch, 211 images/s). Each of the 100 digits that sample --count 10 d
 """
 
 import argparse
-import contextlib
 import copy
 import math
 import os
@@ -59,6 +58,7 @@ import signal
 import sys
 import time
 import zipfile
+from contextlib import contextmanager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class UserError(ValueError):
     """Something that the user can put right. The message says what is wrong and what to do; main prints just that."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(message):
     """A block that reads what may be damaged: whatever libraries raise over that becomes a UserError with message."""
     try:
@@ -229,8 +229,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, t_emb, y_emb):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
-        scale_shift = self.time_proj(t_emb) + self.class_proj(y_emb)  # (B, 2·out)
-        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)  # each (B, out, 1, 1)
+        scale, shift = (self.time_proj(t_emb) + self.class_proj(y_emb))[:, :, None, None].chunk(2, dim=1)  # (B, out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift  # 1 + scale, so that 0 means no change
         h = self.conv2(F.silu(h))
         return self.shortcut(x) + h
@@ -595,8 +594,9 @@ def load_model(path=None, device="cpu"):
     contents = load(path)
     with explained(f"{path} holds no weights for the network of this ddpm.py"):
         config, weights = contents["config"], contents["weights"]
-        if sum(tensor.numel() for tensor in weights.values()) > path.stat().st_size or config["timesteps"] > 10**6:
-            raise ValueError("it claims to be larger than it is")
+        claimed = sum(tensor.numel() for tensor in weights.values())
+        if claimed > path.stat().st_size or not 1 <= config["timesteps"] <= 10**6 or config["image_size"] > 1000:
+            raise ValueError("a size is out of range")
         with torch.device("meta"):  # shapes only, and no memory yet: the weights come from the file
             model = UNet(config)
         model.load_state_dict(weights, assign=True)
@@ -835,7 +835,8 @@ def train(args):
         torch.manual_seed(hash((options["seed"], step, rank)))
         batch = order[position * batch_size : (position + 1) * batch_size][rank::processes]
         x_0, y = from_bytes(images[batch]), labels[batch]
-        loss_sum += train_step(network, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options)
+        with explained(f"step {step} failed, maybe because another process is gone") if processes > 1 else nullcontext():
+            loss_sum += train_step(network, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options)
 
         done, end_of_epoch = step + 1, position + 1 == steps_per_epoch
         save_now = end_of_epoch or stop or time.monotonic() - saved_at > SAVE_EVERY
@@ -844,8 +845,8 @@ def train(args):
         loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
         shown_at = time.monotonic()
         rate = (done - saved_step) * batch_size / (shown_at - saved_at)
-        left = f"{(total_steps - done) * batch_size / rate / 60:.1f} min left"
-        show(f"epoch {epoch + 1}/{epochs}  step {done}  loss {loss:.4f}  {rate:.0f} images/s  {left}", end_of_epoch)
+        left = (total_steps - done) * batch_size / rate / 60
+        show(f"epoch {epoch + 1}/{epochs}  loss {loss:.4f}  {rate:.0f} images/s  {left:.1f} minutes left", end_of_epoch)
         if not save_now:
             continue
         if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
@@ -1007,8 +1008,8 @@ def evaluate(args):
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
     real, y = {}, torch.arange(count) % len(classes)
     try:
-        for part, train in ("test images", False), ("training images", True):
-            images, labels = load_dataset(name, args.data_dir, train)
+        for part, is_train in ("test images", False), ("training images", True):
+            images, labels = load_dataset(name, args.data_dir, is_train)
             # Taken evenly from the whole set, as MNIST's test set begins with its easier half.
             chosen = torch.arange(count) * len(labels) // count
             real[part] = images[chosen], labels[chosen]

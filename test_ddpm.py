@@ -20,8 +20,10 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -625,9 +627,34 @@ def weights(**changes):
     return archive({key: value for key, value in contents.items() if value is not None})
 
 
+def compressed(data):
+    """The same archive, compressed: a few bytes can then hold a tensor of any size."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return packed.getvalue()
+
+
+def claiming(**changes):
+    """Weights of the shapes that such a configuration asks for, all of them views of a single number."""
+    config = CONFIG | changes
+    with torch.device("meta"):
+        state = ddpm.UNet(config).state_dict()
+    return weights(config=config, weights={name: torch.zeros(1).expand(w.shape) for name, w in state.items()})
+
+
 @pytest.mark.filterwarnings("ignore")
 @cases("contents", {
     "missing": lambda: None,
+    "a zip bomb": lambda: compressed(weights(weights={"a": torch.zeros(10**7)})),
+    "a terabyte of weights": lambda: claiming(channels=[300_000]),
+    "a config of a terabyte": lambda: weights(config=CONFIG | {"channels": [300_000]}),
+    "a billion steps": lambda: weights(config=CONFIG | {"timesteps": 10**9}),
+    "no step": lambda: weights(config=CONFIG | {"timesteps": 0}),
+    "steps of wrong type": lambda: weights(config=CONFIG | {"timesteps": "50"}),
+    "huge images": lambda: weights(config=CONFIG | {"image_size": 10**7}),
+    "unknown schedule": lambda: weights(config=CONFIG | {"schedule": "quadratic"}),
     "empty": lambda: b"",
     "random bytes": lambda: np.random.default_rng(0).bytes(5000),
     "cut short": lambda: weights()[:-100],
@@ -651,9 +678,11 @@ def test_bad_checkpoint(capsys, contents):
     path, contents = Path("weights.pt"), contents()
     if contents is not None:
         path.write_bytes(contents)
-    with pytest.raises((ddpm.UserError, FileNotFoundError)):
-        ddpm.load_model(path)
-    assert "weights.pt" in error_of(capsys, "sample", "--checkpoint", path, "--device", "cpu")
+    expected = "quadratic" if contents and b"quadratic" in contents else "weights.pt"
+    if expected == "weights.pt":
+        with pytest.raises(ddpm.UserError):
+            ddpm.load_model(path)
+    assert expected in error_of(capsys, "sample", "--checkpoint", path, "--device", "cpu")
     assert not Path("harm").exists() and not Path("samples.png").exists()
 
 
@@ -911,6 +940,180 @@ def test_seed_of_training(data, tmp_path):
         runs.append((read(tmp_path / name / "weights.pt")["weights"]["conv_in.weight"], read_log(tmp_path / name)))
     assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1]
     assert not torch.equal(runs[0][0], runs[2][0])
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+ENV = os.environ | {"PYTHONPATH": str(Path(ddpm.__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_are_one(data, finished, tmp_path):
+    """Several processes would not see the halves of one batch, share noise, weigh gradients otherwise, or drift apart.
+
+    A run is resumed with two processes; the same steps are taken here, with the mean gradient of the two halves.
+    """
+    folder = shutil.copytree(finished, tmp_path / "two")
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2".split() + [ddpm.__file__, "train", "--resume"]
+    flags = ["--data-dir", data, "--out", folder, "--device", "cpu", "--epochs", 5, "--sample-every", 99]
+    done = subprocess.run([sys.executable, *map(str, command + flags)], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_log(folder)] == ["4", "8", "12", "16", "20"]
+    assert done.stdout.count("epoch 5/5") == 1  # process 0 alone reports
+
+    saved, after = read(finished / "checkpoint.pt"), read(folder / "checkpoint.pt")
+    model = ddpm.UNet(read(finished / "weights.pt")["config"])
+    ema, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters())
+    for name, part in {"model": model, "ema": ema, "optimizer": optimizer}.items():
+        part.load_state_dict(saved[name])
+    images, labels = ddpm.load_dataset("mnist", data)
+    x_0 = images / 127.5 - 1
+    bars = torch.tensor(alpha_bars()[:-1])
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(hash((0, 4))))
+    for step in range(16, 20):
+        batch = order[(step - 16) * 16 :][:16]
+        optimizer.zero_grad()
+        for rank in 0, 1:
+            half = batch[rank::2]
+            torch.manual_seed(hash((0, step, rank)))
+            (ddpm.ddpm_loss(model, x_0[half], labels[half], bars) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
+        optimizer.param_groups[0]["lr"] = ddpm.learning_rate(step, 20, 1e-3)
+        optimizer.step()
+        ddpm.update_ema(ema, model, step, 0.999)
+        if step == 16:
+            assert sum(p.grad.norm() > 1e-4 for p in model.parameters()) > 30  # so that there is something to compare
+    for name, network in ("model", model), ("ema", ema):
+        for key, weight in network.state_dict().items():
+            close(after[name][key], weight, rtol=1e-3, atol=2e-5)
+    for index, state in optimizer.state_dict()["state"].items():  # the gradients of these steps, averaged
+        theirs = after["optimizer"]["state"][index]["exp_avg"]
+        assert (theirs - state["exp_avg"]).norm() < 1e-3 * state["exp_avg"].norm() + 1e-7, index
+    assert not any(key.startswith("module.") for key in after["model"])
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_dead_peer_ends_the_run(data, tmp_path, dies):
+    """One process would wait for a dead one for ever, or its end look like success."""
+    flags = ["--data-dir", data, "--out", tmp_path / "run", *FLAGS, "--epochs", 100_000, "--sample-every", 10**6]
+    port, processes = str(free_port()), []
+    for rank in 0, 1:
+        env = ENV | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        command = [sys.executable, ddpm.__file__, "train", *map(str, flags)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    while not (tmp_path / "run/log.csv").exists():  # then they are under way
+        assert processes[0].poll() is None and processes[1].poll() is None
+    processes[dies].kill()
+    _, error = processes[1 - dies].communicate(timeout=100)  # far more than it takes; without it, the suite would hang
+    processes[dies].communicate()
+    assert processes[1 - dies].returncode == 1 and "another process is gone" in error and "Traceback" not in error
+    assert ddpm.load(tmp_path / "run/checkpoint.pt")["step"] >= 4
+
+
+KILLED = """
+import os, signal, sys, ddpm
+name, calls, original = sys.argv[1], [], getattr(os, sys.argv[1])
+def killed(*args):
+    calls.append(1)
+    if len(calls) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args)
+setattr(os, name, killed)
+ddpm.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("moment", [("fsync", 1), ("fsync", 3), ("replace", 4)], ids=lambda moment: "{}-{}".format(*moment))
+def test_killed_while_saving(data, finished, tmp_path, moment):
+    """A kill in the middle of a save would leave nothing to go on from, or a run that goes on as another one."""
+    flags = ["train", "--data-dir", data, "--out", tmp_path / "run", *FLAGS]
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, [*moment, *flags])], env=ENV, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    begun = (tmp_path / "run/checkpoint.pt").exists()
+    assert begun == (moment != ("fsync", 1))
+    assert run(*flags, *(["--resume"] if begun else [])) == 0
+    assert read_log(tmp_path / "run") == read_log(finished)
+    a, b = read(tmp_path / "run/checkpoint.pt"), read(finished / "checkpoint.pt")
+    for network in "model", "ema":
+        assert all(torch.equal(weight, b[network][name]) for name, weight in a[network].items())
+
+
+@pytest.mark.long
+def test_fifty_kills(data, finished, tmp_path):
+    """At some moment, kill -9 would leave a checkpoint that cannot be loaded, or another run than the uninterrupted."""
+    random, folder, steps = np.random.default_rng(0), tmp_path / "run", 0
+    flags = ["--data-dir", data, "--out", folder, *FLAGS, "--epochs", 3000, "--sample-every", 10**6]
+    for kill in range(50):
+        resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+        command = [sys.executable, ddpm.__file__, "train", *map(str, flags), *resume]
+        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        saved_at = [path.stat().st_mtime_ns for path in folder.glob("log.csv")]
+        while [path.stat().st_mtime_ns for path in folder.glob("log.csv")] == saved_at:  # until its first save
+            assert process.poll() is None, process.stderr.read()
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        contents = ddpm.load(folder / "checkpoint.pt")
+        assert contents["step"] >= steps, kill
+        steps = contents["step"]
+        ddpm.load_model(folder / "weights.pt")
+    rows = read_log(folder)
+    assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(len(rows))]
+    epochs = steps // 4 + 1  # go on to the end of this epoch, and do the same without a break
+    saved = contents | {"options": contents["options"] | {"epochs": 3000}}
+    assert saved["step"] == steps
+    whole = tmp_path / "whole"
+    train_step, stop = ddpm.train_step, signal.raise_signal
+
+    def until(*args):
+        if args[6] + 1 == epochs * 4:
+            stop(signal.SIGTERM)
+        return train_step(*args)
+
+    ddpm.train_step = until
+    try:
+        assert run("train", *flags, "--resume") == run("train", *flags, "--out", whole) == 130
+    finally:
+        ddpm.train_step = train_step
+    a, b = read(folder / "checkpoint.pt"), read(whole / "checkpoint.pt")
+    assert a["step"] == b["step"] == epochs * 4 and read_log(folder) == read_log(whole)
+    for network in "model", "ema":
+        assert all(torch.equal(weight, b[network][name]) for name, weight in a[network].items())
+
+
+@pytest.mark.parametrize("name, error", [("checkpoint.pt", "checkpoint.pt"), ("weights.pt", "weights.pt")])
+def test_a_full_disk_ends_the_run(data, finished, tmp_path, monkeypatch, capsys, name, error):
+    """A disk that fills up would end in a traceback, or take the last good checkpoint with it."""
+    folder = shutil.copytree(finished, tmp_path / "full")
+    before = (folder / name).read_bytes()
+
+    class FullDisk(io.FileIO):
+        def write(self, contents):
+            raise OSError(28, "No space left on device")
+
+    real = open
+    monkeypatch.setattr(ddpm, "open", lambda path, mode="r": FullDisk(path, mode) if name in str(path) and "w" in mode
+                        else real(path, mode), raising=False)  # fmt: skip
+    flags = ["--data-dir", data, "--out", folder, "--resume", "--epochs", 5, "--device", "cpu"]
+    line = error_of(capsys, "train", *flags)
+    assert error in line and "disk" in line and (folder / name).read_bytes() == before
+
+
+def test_a_lost_folder_ends_the_run(data, finished, tmp_path, monkeypatch, capsys):
+    """A run whose folder is gone would end in a traceback."""
+    folder, train_step = shutil.copytree(finished, tmp_path / "lost"), ddpm.train_step
+
+    def losing(*args):
+        shutil.rmtree(folder, ignore_errors=True)
+        return train_step(*args)
+
+    monkeypatch.setattr(ddpm, "train_step", losing)
+    flags = ["--data-dir", data, "--out", folder, "--resume", "--epochs", 5, "--device", "cpu"]
+    assert "lost" in error_of(capsys, "train", *flags)
 
 
 # === 8. Evaluation ====================================================================================================
