@@ -41,6 +41,8 @@ Commands (each has --help):
     python ddpm.py sample --label 2 0 2 6 --count 5                            write a number, five times
     python ddpm.py sample --like four.jpg --like-label 4 --label 0 1 2 3       write in somebody's hand
     python ddpm.py train                                                       train on MNIST, into runs/mnist
+    torchrun --nproc_per_node=2 ddpm.py train                                  the same with two processes
+    python ddpm.py evaluate                                                    measure how good the digits are
     python ddpm.py shapes                                                      the network as a table
 
 From Python, model = ddpm.load_model() and then ddpm.generate_number(model, label=5) gives a PIL image.
@@ -95,8 +97,8 @@ def explained(message):
 # the network's input has about the same scale at every t.
 #
 # Why must β be small? Because only then is the *reverse* of a step, from x_t to x_{t-1}, close to a Gaussian too, and a
-# Gaussian is what the sampler draws from. A big step backwards would have to choose between
-# different images; a small one only has to nudge.
+# Gaussian is what the sampler draws from. A big step backwards would have to choose between different images; a small
+# one only has to nudge.
 #
 # What a schedule must achieve is best seen in ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t: the share of the image's
 # variance that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. At the end √ᾱ_T
@@ -173,10 +175,9 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         └──────────── middle_in (residual) ── attention ── middle_out (residual) ─────┘
 #
 # Time and class enter every residual block (two convolutions whose result is added to their input): what counts as
-# noise in x_t depends on both. Channels are normalized in
-# groups, image by image (GroupNorm), and not over the batch: a batch mixes images with little and with much noise, and
-# its statistics would depend on which t happen to be in it. Between the layers stands SiLU, x · sigmoid(x), a smooth
-# relative of ReLU.
+# noise in x_t depends on both. Channels are normalized in groups, image by image (GroupNorm), and not over the batch: a
+# batch mixes images with little and with much noise, and its statistics would depend on which t happen to be in it.
+# Between the layers stands SiLU, x · sigmoid(x), a smooth relative of ReLU.
 
 
 def timestep_embedding(t, dim):
@@ -555,8 +556,8 @@ def load_dataset(name, data_dir, train=True):
 
 # Checkpoints. A run leaves two files. weights.pt is for sampling: the averaged weights (section 7) in half precision
 # and the configuration, so that nothing else is needed to load it. checkpoint.pt is for resuming: whatever the next
-# step of training depends on, down to the state of the random number generator. Both hold tensors and plain values
-# only, and are read with weights_only=True: a pickle could run any program.
+# step of training depends on. Both hold tensors and plain values only, and are read with weights_only=True: a pickle
+# could run any program.
 
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1  # a version number in both files, so that an older program can refuse a newer file
