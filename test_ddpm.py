@@ -1478,7 +1478,10 @@ def test_handwriting_needs_grey_images(capsys):
     "train --dataset dogs", "train --epochs 0", "train --batch-size 0", "train --lr -1", "train --lr nan",
     "train --timesteps 0", "train --schedule quadratic", "train --channels 0", "train --channels 4 x",
     "train --class-dropout 2", "train --ema-decay -1", "train --sample-every 0", "train --seed 99999999999",
-    "train --device abacus", "shapes --dataset dogs", "shapes --channels 4 0",
+    "train --device abacus", "train --timesteps 1000001", "train --resume yes", "shapes --dataset dogs",
+    "shapes --channels 4 0", "evaluate --count 0", "evaluate --count x", "evaluate --steps 0", "evaluate --guidance -1",
+    "evaluate --guidance-interval 0.5", "evaluate --eta 2", "evaluate --seed -1", "evaluate --device abacus",
+    "evaluate --label 3",
 ])  # fmt: skip
 def test_bad_flag(command, capsys):
     """A wrong value would go unnoticed, or end in a traceback instead of the usage."""
@@ -1497,6 +1500,26 @@ def test_impossible_sample(finished, capsys, flags, word):
     flags = ["--checkpoint", finished / "weights.pt", "--device", "cpu", *flags.split()]
     assert word in error_of(capsys, "sample", *flags)
     assert Path("file").read_text() == "mine" and [path.name for path in Path().iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", [
+    "sample --checkpoint folder", "sample --checkpoint missing.pt", "sample --like folder --like-label 3",
+    "sample --out folder/file/x.png", "sample --gif folder/file/film.gif", "train --data-dir file", "train --out file",
+    "train --out folder/file/run", "train --resume --out folder", "evaluate --checkpoint folder",
+])  # fmt: skip
+def test_things_in_the_way(data, finished, capsys, command):
+    """A folder in place of a file, or the other way round, would end in a traceback or be overwritten."""
+    Path("folder").mkdir()
+    for path in "file", "folder/file":
+        Path(path).write_text("mine")
+    name, *flags = command.split()
+    if "--checkpoint" not in flags and name != "train":
+        flags += ["--checkpoint", finished / "weights.pt"]
+    if "--data-dir" not in flags and name == "train":
+        flags += ["--data-dir", data]
+    error_of(capsys, name, *flags, "--device", "cpu", *(FLAGS[2:] if name == "train" else ["--steps", 2]))
+    assert sorted(str(path) for path in Path().rglob("*")) == ["file", "folder", "folder/file"]
+    assert Path("file").read_text() == Path("folder/file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("flags", ["--resume", "--resume --out run", "--out file", "--channels 4 4 4 4 4 4 4 4"])
