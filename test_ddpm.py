@@ -921,13 +921,39 @@ def test_longer_run(data, finished, tmp_path):
     assert read_log(folder)[:4] == read_log(finished)
 
 
+@pytest.mark.parametrize("epochs, word", [(3, None), (4, None), (8, "learning rate")])
+def test_resumed_with_other_epochs(data, finished, tmp_path, capsys, epochs, word):
+    """A run that is to be longer would not say what becomes of its learning rate, or a shorter one say nonsense."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    capsys.readouterr()
+    assert run("train", "--data-dir", data, "--out", folder, "--resume", "--epochs", epochs, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert ("learning rate" in out) == (word is not None)
+    if word:
+        assert f"{ddpm.learning_rate(16, 32, 1e-3):.1e}" in out
+    assert len(read_log(folder)) == max(4, epochs)
+
+
+def test_batch_size_of_several_processes(data, tmp_path, monkeypatch, capsys):
+    """Processes would get shares of different size, and weigh their gradients as if they were the same."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    flags = ["--data-dir", data, "--out", tmp_path / "run", *FLAGS]
+    assert "16 cannot be shared by 3" in error_of(capsys, "train", *flags)
+
+
+def test_ctrl_c_works_after_training(data, tmp_path):
+    """In a notebook, Ctrl-C would do nothing any more once a run has ended."""
+    assert ddpm.main([str(word) for word in ["train", "--data-dir", data, "--out", tmp_path / "run", *FLAGS]]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_loss_that_is_no_number(data, finished, tmp_path, monkeypatch, capsys):
     """A run that has diverged would go on, and overwrite its last good checkpoint with weights that are no numbers."""
     folder = shutil.copytree(finished, tmp_path / "diverged")
     before = (folder / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(ddpm, "train_step", lambda *args: torch.tensor(math.nan))
     flags = ["--data-dir", data, "--out", folder, "--resume", "--epochs", 5, "--device", "cpu"]
-    assert "the loss is nan by step 20" in error_of(capsys, "train", *flags)
+    assert "the loss is nan at step 20" in error_of(capsys, "train", *flags)
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
@@ -1251,7 +1277,7 @@ def test_denoising_loss(timesteps, monkeypatch):
         assert edges == [(0, 9), (10, 19), (20, 29), (30, 39), (40, 49)]
     assert [row for row in rows] == [f"loss, t {low}..{high}" for low, high in edges]
     assert all(0.97 < float(loss) < 1.03 for loss in rows.values())
-    assert all(1000 <= len(t) <= 1250 and torch.equal(y, labels[::2]) for _, t, y in model.asked)
+    assert all(800 < len(t) <= 1000 and torch.equal(y, labels[::3]) for _, t, y in model.asked)
     first, model.asked = model.asked, []
     assert ddpm.denoising_loss(model, images, labels) == rows
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, model.asked))
@@ -1267,7 +1293,7 @@ def test_denoising_loss_of_an_oracle():
 def table(text):
     """The rows of evaluate's table: {name: [cell, ...]}."""
     lines = text.split("\n\n")[-1].splitlines()
-    return {line[:18].strip(): [line[i : i + 18].strip() for i in range(18, len(line), 18)] for line in lines}
+    return {line[:24].strip(): [line[i : i + 18].strip() for i in range(24, len(line), 18)] for line in lines}
 
 
 def test_evaluate(fashion, finished, monkeypatch, capsys):
