@@ -111,8 +111,9 @@ def beta_schedule(schedule, timesteps):
     """The variance of the noise that each step adds.
 
     schedule is "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17);
-    timesteps is T >= 1; with "linear" and T <= 20 the last β would reach 1, and is cut. Returns betas (T,) in (0,
-    0.999], in float64, since ᾱ is a long product and the precision costs nothing. Raises UserError for another name.
+    timesteps is T, which should be well above 20, since with few steps some β of "linear" reach 1 and are cut. Returns
+    betas (T,) in (0, 0.999], in float64, since ᾱ is a long product and the precision costs nothing. Raises UserError
+    for another name.
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 when T is 1000. Fewer steps have to be bigger ones, or signal would be left in x_T.
@@ -144,7 +145,7 @@ def beta_schedule(schedule, timesteps):
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
-    """Adds t steps of noise to clean images at once: a draw from q(x_t | x_0) (Ho et al. 2020, Eq. 4).
+    """Adds the noise of all steps up to t to clean images: a draw from q(x_t | x_0) (Ho et al. 2020, Eq. 4).
 
     x_0 (B, C, H, W) in [-1, 1]; t (B,) integers in 0..T-1; eps like x_0, standard normal; alphas_cumprod (T,), on the
     device of t. Returns x_t, like x_0.
@@ -438,7 +439,7 @@ def predict_noise(model, x_t, t, y, guidance):
 
 
 def trajectory(config, steps):
-    """The steps visited on the way from noise to image: a list of (t, ᾱ_t, ᾱ of the step one goes to, "t-1").
+    """The steps visited on the way from noise to image: a list of triples: t, ᾱ_t, and ᾱ_{t-1}, with "t-1" as above.
 
     They are evenly spaced from T-1, the noisiest, to -1, the clean image, whose ᾱ is 1: 999, 979, ..., 19, -1 for 50
     steps of T = 1000. Asked for more than T steps, it takes T.
@@ -453,7 +454,7 @@ def trajectory(config, steps):
 @torch.inference_mode()
 def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
            seeds=None, x_T=None, on_step=None):
-    """Draws an image for each label: by DDIM (Song et al. 2020), with eta 1 and T steps Algorithm 2 (Ho et al. 2020).
+    """Draws an image for each label, by DDIM (Song et al. 2020) or, with eta 1 and T steps, by Algorithm 2 (Ho et al.).
 
     labels (N,) integers, a list or a tensor; steps >= 1 is how many of the T steps are visited; eta in [0, 1] scales
     the fresh noise; guidance is S >= 0, of which more than 1 is used only while t/T lies in guidance_interval; seeds
@@ -495,13 +496,12 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
 #
 # It only works from an image with some noise in it. In a perfectly clean one the network rightly finds none, so there
 # is nothing to carry upwards, and the result is far from the pure noise that the sampler expects. So the first step is
-# one of Eq. 4, with the noise of the last step of sampling: weak if there are many steps (for 50, a standard deviation
-# of 0.08).
+# one of Eq. 4, up to the lowest noise level that the sampler visits: a standard deviation of 0.08 if it takes 50 steps.
 
 
 @torch.inference_mode()
 def invert(model, x_0, labels, steps=STEPS):
-    """The noise x_T from which sample(model, labels, steps, guidance=1, x_T=x_T) comes back to x_0, nearly.
+    """The noise x_T from which sample(model, labels, steps, eta=0, guidance=1, x_T=x_T) comes back to x_0, nearly.
 
     x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample. Returns x_T, like x_0.
     """
@@ -533,7 +533,7 @@ def invert(model, x_0, labels, steps=STEPS):
 
 CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot".split(", ")
 THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck".split(", ")
-IDX = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
+IDX = "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 DATASETS = {  # name: torchvision's class, the folder and the names of its files, what a model has to know of its images
     "mnist": ("MNIST", "MNIST/raw", IDX, {"image_channels": 1, "image_size": 28, "classes": list("0123456789")}),
     "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", IDX,
@@ -603,6 +603,7 @@ def load_model(path=None, device="cpu"):
     with explained(f"{path} holds no weights for the network of this ddpm.py"):
         config, weights = contents["config"], contents["weights"]
         claimed = sum(tensor.numel() for tensor in weights.values())
+        # A tensor can repeat one number, and so claim to be far larger than its file.
         if claimed > path.stat().st_size or not 1 <= config["timesteps"] <= 10**6 or config["image_size"] > 1000:
             raise ValueError("a size is out of range")
         with torch.device("meta"):  # shapes only, and no memory yet: the weights come from the file
@@ -627,6 +628,7 @@ def to_bytes(x):
 
 def to_image(x, columns=None):
     """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default a square."""
+    # What torchvision calls nrow is the number of columns.
     grid = torchvision.utils.make_grid(to_bytes(x), nrow=columns or math.ceil(math.sqrt(len(x))))  # (3, height, width)
     return torchvision.transforms.functional.to_pil_image(grid if len(x) > 1 else to_bytes(x)[0])
 
@@ -693,8 +695,8 @@ def read_digit(path, size=28):
 #
 # The learning rate of the optimizer, AdamW, rises during the first steps, while AdamW's averages of the gradient are
 # still unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It is computed from
-# the number of the step, so a resumed run goes on where the curve was. (With more --epochs than before, it goes on
-# where the longer curve would have been.)
+# the number of the step, so a resumed run goes on where the curve was. (With other --epochs than before, it goes on
+# where the other curve would have been.)
 #
 # Gradients are clipped to length 1, so that one unlucky batch cannot dominate the averages of AdamW.
 #
@@ -706,7 +708,7 @@ def read_digit(path, size=28):
 def learning_rate(step, total_steps, peak):
     """Linear warm-up over the first 5 % of the steps (500 at most), then half a cosine down to 0 at total_steps."""
     warmup = min(500, max(1, total_steps // 20))
-    rest = (step - warmup) / max(1, total_steps - warmup)  # 0..1 after the warm-up
+    rest = min(1, (step - warmup) / max(1, total_steps - warmup))  # 0..1 after the warm-up
     return peak * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest)))
 
 
@@ -831,15 +833,15 @@ def train(args):
     steps_per_epoch = len(images) // batch_size  # the remainder, different images in each epoch, is skipped
     epochs, total_steps = options["epochs"], options["epochs"] * steps_per_epoch
     alphas_cumprod = torch.cumprod(1 - beta_schedule(options["schedule"], options["timesteps"]), 0).float().to(device)
-    if saved and epochs > saved["options"]["epochs"]:
+    if saved and epochs != saved["options"]["epochs"]:
         print(f"for {epochs} epochs, the learning rate is {learning_rate(first_step, total_steps, options['lr']):.1e}")
 
     # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent. Of several
     # processes, 0 decides: if another one left first, the step that 0 is in could not be finished. When 0 has saved and
-    # left, the others miss it in their next step, and end with an error.
+    # left, the others miss it in their next step, and end with an error or are ended by torchrun.
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if rank > 0 else lambda number, frame: stop.append(number))
+        signal.signal(number, signal.SIG_IGN if rank > 0 else lambda signum, frame: stop.append(signum))
 
     out.mkdir(parents=True, exist_ok=True)
     saved_at, shown_at, saved_step, rate = time.monotonic(), time.monotonic(), first_step, 0
@@ -868,7 +870,7 @@ def train(args):
         if not save_now:
             continue
         if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
-            raise UserError(f"the loss is {loss} at step {done}, the last save is of {saved_step}: try a lower --lr")
+            raise UserError(f"the loss is {loss} at step {done}, not saved after {saved_step}: a lower --lr may help")
         if end_of_epoch:
             history.append(f"{epoch + 1},{done},{loss:.6f},{optimizer.param_groups[0]['lr']:.3e},{rate:.0f}")
             loss_sum.zero_()
@@ -893,9 +895,9 @@ def train(args):
 # 8. Evaluation
 # ======================================================================================================================
 #
-# How good are the images? Three numbers, each blind to something, so none is given alone; and each beside the same
-# number for as many real test images, the yardstick: without it, nobody knows what a good value is. (A third column
-# gives those of training images, which the classifier knows by heart.)
+# How good are the images? Three numbers say it, each blind to something, so none is given alone; and each beside the
+# same number for as many real test images, the yardstick: without it, nobody knows what a good value is. (A third
+# column gives those of training images, from which the classifier has learned.)
 #
 # Label accuracy: how often does a classifier read the digit that was asked for? It sees whether the class arrived, not
 # whether the image looks like handwriting: a printed 3 would pass. With guidance it can be higher than for real images,
@@ -917,7 +919,7 @@ def train(args):
 # here is only to be compared with FID here, by the same classifier and for the same number of images: fewer images make
 # it larger.
 #
-# The fourth number needs no samples. The loss of section 4, of the averaged weights and with all labels, on images of
+# One more number needs no samples. The loss of section 4, of the averaged weights and with all labels, on images of
 # the training set and on images that the network has not seen, shows overfitting, if it is clearly larger on the
 # latter; in five bands of t, it shows where the loss comes from.
 
@@ -983,7 +985,7 @@ def load_classifier(name, data_dir, device):
             optimizer.param_groups[0]["lr"] = learning_rate(step, CLASSIFIER_STEPS, peak=3e-3)
             batch = torch.randint(len(images), (128,), device=device)
             # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not its place. (What
-            # leaves on one side comes back on the other, which is as empty.)
+            # leaves on one side comes back on the other; MNIST's margin is empty.)
             x = torch.roll(from_bytes(images[batch]), torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
             loss = F.cross_entropy(classifier(x), labels[batch])
             optimizer.zero_grad()
@@ -1033,15 +1035,15 @@ def evaluate(args):
     """The evaluate command: draws images, judges them beside as many real ones, and prints a table."""
     model = load_model(args.checkpoint, args.device)
     name, classes, count = model.config["dataset"], model.config["classes"], args.count
-    if name not in DATASETS or model.config != model.config | DATASETS[name][-1]:  # all in it must be the same
+    if name not in DATASETS or model.config != model.config | DATASETS[name][-1]:  # channels, size, classes
         raise UserError(f"this model's images are not those of {', '.join(DATASETS)}: nothing to compare them with")
     if not 64 < count <= 10000:
         raise UserError("--count must be above 64, as the covariance of 64 features needs it, and at most 10000")
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
     real, y = {}, torch.arange(count) % len(classes)  # without real images, all classes equally often
     try:
-        for part, is_train in ("test images", False), ("training images", True):
-            images, labels = load_dataset(name, args.data_dir, is_train)
+        for part, (images, labels) in {"test images": load_dataset(name, args.data_dir, train=False),
+                                       "training images": load_dataset(name, args.data_dir)}.items():  # fmt: skip
             # Taken evenly from the whole set, as MNIST's test set begins with its easier half.
             chosen = torch.arange(count) * len(labels) // count
             real[part] = images[chosen], labels[chosen]
@@ -1097,7 +1099,7 @@ def sample_command(args):
     x_T = invert(model, read_digit(args.like, config["image_size"]).to(args.device),
                  [class_number(args.like_label, classes)], args.steps) if args.like else None  # fmt: skip
 
-    for folder in out.parent if out.suffix else out, (gif or out).parent:
+    for folder in ((out.parent if out.suffix else out), (gif or out).parent):
         folder.mkdir(parents=True, exist_ok=True)
     # The images of a row start from the same noise: they come out as if one hand had written them.
     seeds = [args.seed * 1_000_000 + i // len(row) for i in range(len(labels))]
@@ -1150,7 +1152,7 @@ def make_parser():
     flag(train, "--compile", "use torch.compile: a minute's wait, then faster steps", action="store_true")
 
     flag(sample, "--label", "a class, or the classes of a row, by number or name (default: all)", nargs="+")
-    flag(sample, "--count", "images of one label (default: 16), or rows of several (default: 1)", type=POSITIVE)
+    flag(sample, "--count", "images of one label (default: 16; with --like 1), or rows of several (1)", type=POSITIVE)
     flag(sample, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
     flag(sample, "--like-label", "the digit that IMAGE shows", metavar="D")
     flag(sample, "--gif", "write a film of the sampling, and ten moments of it as PATH_moments.png", metavar="PATH")
@@ -1160,7 +1162,7 @@ def make_parser():
     for c in sample, evaluate:
         flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
         flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
-        flag(c, "--eta", "scale of the fresh noise: 0 is DDIM, 1 Algorithm 2", 0.0, type=SHARE)
+        flag(c, "--eta", "scale of the fresh noise: 0 is DDIM; 1, with T steps, Algorithm 2", 0.0, type=SHARE)
         flag(c, "--guidance", "S: 0 unconditional, 1 conditional, more: guided", GUIDANCE, type=in_range(float, 0, 99))
         flag(c, "--guidance-interval", "shares of T: where S may be above 1", GUIDANCE_INTERVAL, type=SHARE, nargs=2)
         flag(c, "--seed", **TRAIN_OPTIONS["seed"])
