@@ -995,7 +995,7 @@ def test_two_processes_are_one(data, finished, tmp_path):
     done = subprocess.run([sys.executable, *map(str, command + flags)], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_log(folder)] == ["4", "8", "12", "16", "20"]
-    assert done.stdout.count("epoch 5/5") == 1  # process 0 alone reports
+    assert done.stdout.count("epoch 5/5") == done.stdout.count("done") == 1  # process 0 alone reports
 
     saved, after = read(finished / "checkpoint.pt"), read(folder / "checkpoint.pt")
     model = ddpm.UNet(read(finished / "weights.pt")["config"])
@@ -1026,6 +1026,23 @@ def test_two_processes_are_one(data, finished, tmp_path):
         theirs = after["optimizer"]["state"][index]["exp_avg"]
         assert (theirs - state["exp_avg"]).norm() < 1e-3 * state["exp_avg"].norm() + 1e-7, index
     assert not any(key.startswith("module.") for key in after["model"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_0_downloads_first(tmp_path, monkeypatch, rank):
+    """Several processes would download into the same files at the same time."""
+    calls = []
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # process 1 closes its mouth
+    for name, value in ("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ddpm, "load_dataset", lambda *args: calls.append("load"))
+
+    def waiting(*args, **kwargs):
+        raise ddpm.UserError("waiting for the others")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", waiting)
+    assert run("train", "--out", tmp_path / "run", *FLAGS) == 1
+    assert calls == (["load"] if rank == 0 else [])
 
 
 @pytest.mark.parametrize("dies", [0, 1])
