@@ -865,8 +865,8 @@ def train(args):
         loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
         shown_at = time.monotonic()
         rate = (done - saved_step) * batch_size / (shown_at - saved_at)
-        left = (total_steps - done) * batch_size / rate / 60
-        show(f"epoch {epoch + 1}/{epochs}  loss {loss:.4f}  {rate:.0f} images/s  {left:.1f} minutes left", end_of_epoch)
+        left = f"{(total_steps - done) * batch_size / rate / 60:.1f} min left"
+        show(f"epoch {epoch + 1}/{epochs}  step {done}  loss {loss:.4f}  {rate:.0f} images/s  {left}", end_of_epoch)
         if not save_now:
             continue
         if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
