@@ -915,9 +915,10 @@ def train(args):
 # samples and of all training images; describe either set by its mean and covariance; and measure how far these two
 # Gaussians are apart. It sees missing variety and wrong style, 0 is best; it is blind to labels, and to a model that
 # only repeats its training images. The features usually come from Inception, a network for photographs of 299x299
-# pixels, trained on the thousand classes of ImageNet. Grey digits, scaled up tenfold, are nothing that it knows. So FID
-# here is only to be compared with FID here, by the same classifier and for the same number of images: fewer images make
-# it larger.
+# pixels, trained on the thousand classes of ImageNet. Grey digits, scaled up tenfold, are nothing that it knows, and on
+# other data than ImageNet its verdict misleads (Barratt & Sharma 2018, arXiv 1801.01973, about the Inception Score). So
+# FID here is only to be compared with FID here, by the same classifier and for the same number of images: fewer images
+# make it larger.
 #
 # One more number needs no samples. The loss of section 4, of the averaged weights and with all labels, on images of
 # the training set and on images that the network has not seen, shows overfitting, if it is clearly larger on the
