@@ -984,6 +984,9 @@ def free_port():
 ENV = os.environ | {"PYTHONPATH": str(Path(ddpm.__file__).parent), "OMP_NUM_THREADS": "1"}
 
 
+SAME_THREADS = ENV | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of floats depend on their number
+
+
 def test_two_processes_are_one(data, finished, tmp_path):
     """Several processes would not see the halves of one batch, share noise, weigh gradients otherwise, or drift apart.
 
@@ -1082,7 +1085,7 @@ ddpm.main(sys.argv[3:])
 def test_killed_while_saving(data, finished, tmp_path, moment):
     """A kill in the middle of a save would leave nothing to go on from, or a run that goes on as another one."""
     flags = ["train", "--data-dir", data, "--out", tmp_path / "run", *FLAGS]
-    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, [*moment, *flags])], env=ENV, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, [*moment, *flags])], env=SAME_THREADS, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     begun = (tmp_path / "run/checkpoint.pt").exists()
     assert begun == (moment != ("fsync", 1))
@@ -1101,7 +1104,8 @@ def test_fifty_kills(data, tmp_path, monkeypatch):
     for kill in range(50):
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
         command = [sys.executable, ddpm.__file__, "train", *map(str, flags), *resume]
-        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=SAME_THREADS, **pipes)
         saved_at = [path.stat().st_mtime_ns for path in folder.glob("log.csv")]
         while [path.stat().st_mtime_ns for path in folder.glob("log.csv")] == saved_at:  # until its first save
             assert process.poll() is None, process.stderr.read()
