@@ -925,7 +925,7 @@ def train(args):
 # latter; in five bands of t, it shows where the loss comes from.
 
 BATCH = 256  # images that are drawn, or judged, at once
-CLASSIFIER_STEPS = 1900  # of training; as many images as four epochs of MNIST
+CLASSIFIER_STEPS = 1900  # of training; about as many images as four epochs of MNIST
 
 
 def make_classifier(config):
@@ -1135,6 +1135,7 @@ def make_parser():
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
     commands = parser.add_subparsers(dest="command", required=True, help="each has its own --help")
+    # Within this function, the commands' names stand for their parsers.
     train = commands.add_parser("train", help="train a model; write weights, log and samples into a folder")
     sample = commands.add_parser("sample", help="draw images with trained weights")
     evaluate = commands.add_parser("evaluate", help="draw images and measure how good they are, beside real ones")
