@@ -549,7 +549,7 @@ def load_dataset(name, data_dir, train=True):
     """
     class_name, folder, files, config = DATASETS[name]
     dataset_class = getattr(torchvision.datasets, class_name)
-    url = dataset_class.url if name == "cifar10" else dataset_class.mirrors[0]
+    url = getattr(dataset_class, "url", None) or dataset_class.mirrors[0]
     C, size, classes = (config[key] for key in ("image_channels", "image_size", "classes"))
     with explained(f"cannot download or read {name}: put {files} from {url} into {Path(data_dir, folder)}"):
         dataset = dataset_class(data_dir, train=train, download=True)

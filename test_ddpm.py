@@ -831,8 +831,36 @@ def test_train_step(step, lr):
     assert 0.05 * lr < (mean - old).norm() < 0.95 * lr
 
 
-def test_overfitted_model_draws_its_training_images():
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_precision(monkeypatch, bfloat16):
+    """Layers would calculate in the wrong precision; or loss, weights and averages lose digits that they need."""
+    seen, model = [], random_unet().requires_grad_(True)
+    model.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    ema, optimizer = copy.deepcopy(model), torch.optim.AdamW(model.parameters())
+    options = {"lr": 1e-6, "class_dropout": 0.1, "ema_decay": 0.9}
+    monkeypatch.setattr(ddpm, "has_bfloat16", lambda device: bfloat16)
+    loss = ddpm.train_step(model, ema, optimizer, noise(8, 1, 8, 8), torch.arange(8), BARS, 50, 100, options)
+    assert seen == [torch.bfloat16 if bfloat16 else torch.float32]
+    assert {t.dtype for t in [loss, *model.parameters(), *ema.parameters()]} == {torch.float32}
+    assert (model.conv_in.weight != random_unet().conv_in.weight).any()  # 1e-6 is far below what bfloat16 can add
+
+
+@cases("device, capability, avx, expected", {
+    "CUDA, Turing": ("cuda", (7, 5), True, False), "CUDA, Ampere": ("cuda", (8, 0), False, True),
+    "CUDA, Hopper": ("cuda", (9, 0), False, True), "a CPU that has it": ("cpu", (7, 5), True, True),
+    "a CPU that has not": ("cpu", (9, 0), False, False), "Apple": ("mps", (9, 0), True, False),
+})  # fmt: skip
+def test_has_bfloat16(monkeypatch, device, capability, avx, expected):
+    """Training would fail, or crawl, on hardware that has no bfloat16, or not use it where there is some."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    assert ddpm.has_bfloat16(torch.device(device)) is expected
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_overfitted_model_draws_its_training_images(monkeypatch, bfloat16):
     """All parts may look right and still not learn, or learn something else than the sampler needs."""
+    monkeypatch.setattr(ddpm, "has_bfloat16", lambda device: bfloat16)
     images = -torch.ones(3, 1, 8, 8)
     images[0, :, :, :4] = images[1, :, :4] = 1  # the left half, the upper half, two opposite quarters
     images[2, :, :4, :4] = images[2, :, 4:, 4:] = 1
@@ -930,7 +958,7 @@ def test_resumed_with_other_epochs(data, finished, tmp_path, capsys, epochs, tot
     out = capsys.readouterr().out
     assert ("learning rate" in out) == (total is not None)
     if total:
-        assert f"{5e-4 * (1 + math.cos(math.pi * min(1, 15 / (total - 1)))):.1e}" in out  # 1 of the steps is warm-up
+        assert f"{1e-3 * (1 + math.cos(math.pi * min(1, 15 / (total - 1)))):.1e}" in out  # 1 of the steps is warm-up
     assert len(read_log(folder)) == max(4, epochs)
 
 
@@ -1015,9 +1043,11 @@ def test_two_processes_are_one(data, finished, tmp_path):
         for rank in 0, 1:
             half = batch[rank::2]
             torch.manual_seed(hash((0, step, rank)))
-            (ddpm.ddpm_loss(model, x_0[half], labels[half], bars) / 2).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=ddpm.has_bfloat16(torch.device("cpu"))):
+                loss = ddpm.ddpm_loss(model, x_0[half], labels[half], bars) / 2
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
-        optimizer.param_groups[0]["lr"] = ddpm.learning_rate(step, 20, 1e-3)
+        optimizer.param_groups[0]["lr"] = ddpm.learning_rate(step, 20, 2e-3)
         optimizer.step()
         ddpm.update_ema(ema, model, step, 0.999)
         if step == 16:
