@@ -14,6 +14,8 @@ import io
 import math
 import os
 import pickle
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -134,6 +136,21 @@ def write_mnist(root, count=70):
         write_idx(root / f"MNIST/raw/{part}-images-idx3-ubyte", images[:n])
         write_idx(root / f"MNIST/raw/{part}-labels-idx1-ubyte", labels[:n])
     return images, labels
+
+
+def write_cifar10(root, monkeypatch):
+    """A tiny CIFAR-10: two batches of two images for training, one of them for the test. Returns images and labels."""
+    pixels, labels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8), [3, 1, 4, 9]
+    batches = [{"data": pixels[i : i + 2].reshape(2, -1), "labels": labels[i : i + 2]} for i in (0, 2)]
+    folder, sums = root / "cifar-10-batches-py", []
+    folder.mkdir(parents=True)
+    for name, contents in zip("abm", [*batches, {"label_names": ["airplane", "automobile"]}]):
+        (folder / name).write_bytes(pickle.dumps(contents))
+        sums.append([name, hashlib.md5(pickle.dumps(contents)).hexdigest()])
+    meta = {"filename": "m", "key": "label_names", "md5": sums[2][1]}
+    for name, value in ("train_list", sums[:2]), ("test_list", sums[:1]), ("meta", meta):
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
+    return pixels, labels
 
 
 def archive(contents):
@@ -547,16 +564,7 @@ def test_load_mnist(tmp_path, train, count):
 
 def test_load_cifar10(tmp_path, monkeypatch):
     """Colours, rows or labels would be mixed up."""
-    pixels, labels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8), [3, 1, 4, 9]
-    batches = [{"data": pixels[i : i + 2].reshape(2, -1), "labels": labels[i : i + 2]} for i in (0, 2)]
-    folder, sums = tmp_path / "cifar-10-batches-py", []
-    folder.mkdir()
-    for name, contents in zip("abm", [*batches, {"label_names": ["airplane", "automobile"]}]):
-        (folder / name).write_bytes(pickle.dumps(contents))
-        sums.append([name, hashlib.md5(pickle.dumps(contents)).hexdigest()])
-    meta = {"filename": "m", "key": "label_names", "md5": sums[2][1]}
-    for name, value in ("train_list", sums[:2]), ("test_list", sums[:1]), ("meta", meta):
-        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, value)
+    pixels, labels = write_cifar10(tmp_path, monkeypatch)
     x, y = ddpm.load_dataset("cifar10", tmp_path)
     assert np.array_equal(x, pixels) and y.tolist() == labels
 
@@ -1639,3 +1647,50 @@ def test_in_a_process_of_its_own(tmp_path, args, status, error):
     done = subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (status, "") and not list(tmp_path.iterdir())
     assert done.stderr.startswith(error) and done.stderr.count("\n") == (1 if error else 0)
+
+
+# === README.md ========================================================================================================
+
+
+README = (Path(ddpm.__file__).parent / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+LINES = [line for _, block in BLOCKS for line in block.splitlines()] + re.findall("`([^`]+)`", BLOCK.sub("", README))
+COMMANDS = sorted({" ".join(line.strip("$ ").partition("#")[0].split()) for line in LINES
+                   if re.match(r"(\$ )?(python|torchrun) .*ddpm\.py\s\w", line)})  # fmt: skip
+
+
+@pytest.fixture
+def as_in_readme(finished, tmp_path, monkeypatch):
+    """A folder in which the commands of README.md work, with everything small: data, weights, options, counts."""
+    for name, value in {"epochs": 1, "timesteps": 5, "channels": [4, 8]}.items():
+        monkeypatch.setitem(ddpm.TRAIN_OPTIONS[name], "default", value)
+    monkeypatch.setattr(ddpm, "CLASSIFIER_STEPS", 2)
+    write_mnist(tmp_path / "data")
+    for name in "FashionMNIST", "KMNIST":
+        shutil.copytree(tmp_path / "data/MNIST", tmp_path / "data" / name)
+    write_cifar10(tmp_path / "data", monkeypatch)
+    shutil.copytree(ASSETS, "assets", ignore=shutil.ignore_patterns("*.pt"))
+    shutil.copy(finished / "weights.pt", "assets/mnist.pt")
+    shutil.copy(finished / "weights.pt", Path(shutil.copytree(finished, "runs/tiny"), "weights.pt"))
+    drawing("black", "white").save("four.jpg")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_readme(as_in_readme, finished, command):
+    """A command that README.md shows would not work."""
+    program, *flags = shlex.split(command.partition("ddpm.py ")[2])
+    if "--resume" in flags:
+        shutil.copytree(finished, "runs/mnist")
+    fewer = {"evaluate": ["--count", 70], "sample": ["--count", 2] if "--count" in flags else []}.get(program, [])
+    assert run(program, *flags, *fewer) == 0  # torchrun's part is tested above
+    for name in [flags[flags.index(name) + 1] for name in ("--out", "--gif") if name in flags]:
+        assert Path(name).exists()
+
+
+@pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
+def test_code_of_readme(as_in_readme, monkeypatch, code):
+    """Code that README.md shows would not work."""
+    monkeypatch.setattr(ddpm, "UNet", ddpm.UNet)  # what the code replaces or adds is to be taken back
+    monkeypatch.setitem(ddpm.DATASETS, "kmnist", None)
+    exec(code, {})
