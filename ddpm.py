@@ -21,14 +21,14 @@ The names:
     T, t      T, t                          number of noising steps; the index of one
     β_t       betas; beta                   variance of the noise that step t adds          (T,); a float in the sampler
     α_t       alpha                         1 - β_t, the share of the variance that is kept
-    ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); a float in the sampler
+    ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); of one t, or of a batch
     ᾱ_{t-1}   alpha_bar_prev                the same one step earlier; 1 for the clean image
     x_0, x_t  x_0, x_t                      clean image, in [-1, 1]; noisy image              (B, C, H, W)
     ε, ε_θ    eps, eps_hat                  the noise in x_t; the network's prediction of it  (B, C, H, W)
     x̂_0       x_0_hat                       the clean image that eps_hat implies              (B, C, H, W)
-    μ̃_t, β̃_t  mean, sigma²                  mean and variance of x_{t-1}, if x_t and x_0 are known (section 5)
-    σ_t       sigma                         standard deviation of the noise that a sampling step adds
-    η, S      eta, guidance                 two settings of the sampler (section 5)
+    μ̃_t, √β̃_t mean, sigma                   mean and standard deviation of x_{t-1}, if x_t and x_0 are known
+    σ_t       sigma                         in general, the standard deviation of the noise that a sampling step adds
+    η, S      eta, guidance                 how much fresh noise that is, 0 to 1; how much the class counts (section 5)
     y         y                             class of each image; the number after the last class means "no class"  (B,)
 
     The paper counts t = 1..T, the code t = 0..T-1: alphas_cumprod[0] is the paper's ᾱ_1, one step of noise. The clean
@@ -78,7 +78,7 @@ class UserError(ValueError):
 
 @contextmanager
 def explained(message):
-    """A block that depends on files or on other processes: what libraries raise over those becomes a UserError."""
+    """with explained("cannot read it"): whatever libraries raise inside over files or processes becomes a UserError."""
     try:
         yield
     except (OSError, HTTPException, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
@@ -128,7 +128,8 @@ def beta_schedule(schedule, timesteps):
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise UserError(f"no schedule is called {schedule!r}: choose linear or cosine")
-    return betas.clamp(max=0.999)  # at β = 1 nothing of the image would be left, and sampling would divide by zero
+    # As Nichol & Dhariwal: at β = 1 nothing of the image would be left, and sampling would divide by zero.
+    return betas.clamp(max=0.999)
 
 
 # ======================================================================================================================
@@ -176,17 +177,17 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         │                                                                             ▲
 #         └──────────── middle_in (residual) ── attention ── middle_out (residual) ─────┘
 #
-# Time and class enter every residual block (two convolutions whose result is added to their input): what counts as
-# noise in x_t depends on both. Channels are normalized in groups, image by image (GroupNorm), and not over the batch: a
-# batch mixes images with little and with much noise, and its statistics would depend on which t happen to be in it.
-# Between the layers stands SiLU, x · sigmoid(x), a smooth relative of ReLU.
+# Time and class enter every residual block: what counts as noise in x_t depends on both. Channels are normalized in
+# groups, image by image (GroupNorm), and not over the batch: a batch mixes images with little and with much noise, and
+# its statistics would depend on which t happen to be in it. Between the layers stands SiLU, x · sigmoid(x), a smooth
+# relative of ReLU.
 
 
 def timestep_embedding(t, dim):
     """Sinusoidal embedding of the step (Vaswani et al. 2017, section 3.5; used for t by Ho et al. 2020).
 
-    t (B,); dim is even. Returns (B, dim), values in [-1, 1]. It works like the hands of a clock: high frequencies tell
-    neighbouring steps apart, low ones say whether it is early or late.
+    t (B,); dim is even. Returns (B, dim), values in [-1, 1], all cosines before all sines. It works like the hands of a
+    clock: high frequencies tell neighbouring steps apart, low ones say whether it is early or late.
     """
     freqs = torch.exp(-math.log(10000) * torch.arange(0, dim, 2, device=t.device) / dim)  # (dim/2,) 1 to about 1/10000
     args = t[:, None] * freqs[None, :]  # (B, dim/2)
@@ -328,10 +329,10 @@ class UNet(nn.Module):
 # ======================================================================================================================
 #
 # In theory the network should make the training images likely. A bound of that likelihood is a sum with a term for each
-# step, and with fixed variances most terms are a weighted squared error between the noise and its prediction (Eq. 12).
-# Ho et al. drop the weights, which are largest where t is small and the noise tiny: compared with the bound, the simple
-# loss cares more about larger t, where there is more to decide, and its images are better. Instead of the sum over t,
-# one random t an image:
+# step, and with fixed variances all but the two at the ends are a weighted squared error between the noise and its
+# prediction (Eq. 12). Ho et al. drop the weights, which are largest where t is small and the noise tiny: compared with
+# the bound, the simple loss cares more about larger t, where there is more to decide, and its images are better.
+# Instead of the sum over t, one random t an image:
 #
 #     Algorithm 1:  repeat   x_0 from the data,  t ~ Uniform,  ε ~ N(0, I)
 #                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
@@ -367,8 +368,8 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1, t_range=None):
 # ======================================================================================================================
 #
 # Everything goes through x̂_0. If the network says that the noise in x_t is ε_θ, then Eq. 4, solved for x_0, says which
-# clean image that implies (Eq. 15). At large t this image is a blur, the mean of everything that x_t could become. So
-# do not jump there: take one step towards it, ask again, and the blur gets sharper from step to step.
+# clean image that implies (Eq. 15). At large t this image is a blur, the mean of all that x_t could have come from.
+# So do not jump there: take one step towards it, ask again, and the blur gets sharper from step to step.
 #
 # How far to step, and how much fresh noise to add? Here are two rules, and the loop below can use either.
 #
@@ -421,9 +422,9 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
 #
 # S = 0 ignores the class, 1 is the plain conditional prediction, above 1 trades variety for clarity. At the noisiest
 # steps that is a bad trade, because there it drives all samples to the same few shapes, and in the last steps, where
-# the digit has long been decided, it is of no use. So S above 1 applies only in an interval of noise levels
-# (Kynkäänniemi et al. 2024, arXiv 2404.07724; the interval here is our own), and only there, or where S is below 1,
-# does the network have to be asked twice.
+# the digit has long been decided, it is of no use. So S above 1 applies only in an interval of t (Kynkäänniemi et al.
+# 2024, arXiv 2404.07724; the interval here is our own), and only there, or where S is below 1, does the network have to
+# be asked twice.
 
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.5, (0.2, 0.8)  # the defaults of sampling; the interval in shares of T
 
@@ -454,10 +455,10 @@ def trajectory(config, steps):
 @torch.inference_mode()
 def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
            seeds=None, x_T=None, on_step=None):
-    """Draws an image for each label, by DDIM (Song et al. 2020) or, with eta 1 and T steps, by Algorithm 2 (Ho et al.).
+    """Draws an image for each label, by DDIM (Song et al. 2020) or, with eta 1, T steps and guidance 1, by Algorithm 2.
 
     labels (N,) integers, a list or a tensor; steps >= 1 is how many of the T steps are visited; eta in [0, 1] scales
-    the fresh noise; guidance is S >= 0, of which more than 1 is used only while t/T lies in guidance_interval; seeds
+    the fresh noise; guidance is S >= 0, but S above 1 counts as 1 while t/T lies outside guidance_interval; seeds
     are N integers, 0..N-1 if left out. The noise of an image is drawn on the CPU, from a stream that its seed alone
     determines, so the image is the same, up to rounding, in a batch of any size and on any device. If given, x_T (N or
     1, C, H, W) is the noise to start from, and on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W),
@@ -473,7 +474,7 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
 
     x_t = standard_normal() if x_T is None else x_T.expand(len(y), -1, -1, -1)
     for t, alpha_bar, alpha_bar_prev in trajectory(model.config, steps):
-        inside = guidance_interval[0] <= t / T <= guidance_interval[1]
+        inside = min(guidance_interval) <= t / T <= max(guidance_interval)
         eps_hat = predict_noise(model, x_t, t, y, guidance if inside else min(guidance, 1))
         # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
         x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
@@ -496,7 +497,7 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
 #
 # It only works from an image with some noise in it. In a perfectly clean one the network rightly finds none, so there
 # is nothing to carry upwards, and the result is far from the pure noise that the sampler expects. So the first step is
-# one of Eq. 4, up to the lowest noise level that the sampler visits: a standard deviation of 0.08 if it takes 50 steps.
+# one of Eq. 4, up to the lowest noise level that the sampler visits: with the defaults, a standard deviation of 0.08.
 
 
 @torch.inference_mode()
@@ -563,11 +564,11 @@ def load_dataset(name, data_dir, train=True):
 
 # Checkpoints. A run leaves two files. weights.pt is for sampling: the averaged weights (section 7) in half precision
 # and the configuration, so that nothing else is needed to load it. checkpoint.pt is for resuming: whatever the next
-# step of training depends on. Both (and a third, section 8) hold tensors and plain values only, and are read with
-# weights_only=True: a pickle could run any program.
+# step of training depends on. Both hold tensors and plain values only, and are read with weights_only=True: a pickle
+# could run any program. The classifier of section 8 is kept in the same way.
 
 ASSETS = Path(__file__).parent / "assets"
-FORMAT = 1  # a version number in all of them, so that an older program can refuse a newer file
+FORMAT = 1  # a version number in every file, so that an older program can refuse a newer file
 
 
 def save(contents, path):
@@ -869,7 +870,8 @@ def train(args):
         save_now = end_of_epoch or stop or time.monotonic() - saved_at > SAVE_EVERY
         if rank > 0 or not (save_now or (sys.stdout.isatty() and time.monotonic() - shown_at > 0.5)):
             continue
-        loss = loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
+        # The mean since the epoch began, of process 0's share. It waits for the device, so the clock is read after it.
+        loss = loss_sum.item() / (position + 1)
         shown_at = time.monotonic()
         rate = (done - saved_step) * batch_size / (shown_at - saved_at)
         left = f"{(total_steps - done) * batch_size / rate / 60:.1f} min left"
@@ -1171,7 +1173,7 @@ def make_parser():
     for c in sample, evaluate:
         flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
         flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
-        flag(c, "--eta", "scale of the fresh noise: 0 is DDIM; 1, with T steps, Algorithm 2", 0.0, type=SHARE)
+        flag(c, "--eta", "scale of the fresh noise: 0 is DDIM; 1, with T steps and S = 1, Algorithm 2", 0.0, type=SHARE)
         flag(c, "--guidance", "S: 0 unconditional, 1 conditional, more: guided", GUIDANCE, type=in_range(float, 0, 99))
         flag(c, "--guidance-interval", "shares of T: where S may be above 1", GUIDANCE_INTERVAL, type=SHARE, nargs=2)
         flag(c, "--seed", **TRAIN_OPTIONS["seed"])

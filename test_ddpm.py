@@ -103,12 +103,9 @@ def oracle(x_0):
 def run(*argv):
     """Runs a command as from a terminal, and takes back what it sets for the whole process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    precision, timeout = torch.get_float32_matmul_precision(), socket.getdefaulttimeout()
     try:
         return ddpm.main([str(word) for word in argv])
     finally:
-        torch.set_float32_matmul_precision(precision)
-        socket.setdefaulttimeout(timeout)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -516,10 +513,11 @@ def test_guidance(float64, guidance):
 
 
 @pytest.mark.parametrize("guidance, steps", [(2, range(10, 41)), (1, ()), (0, range(T))])
-def test_guidance_interval(guidance, steps):
+@pytest.mark.parametrize("interval", [(0.2, 0.8), (0.8, 0.2)])
+def test_guidance_interval(guidance, steps, interval):
     """Guidance above 1 would act outside its interval, or the network be asked twice where once is enough."""
     model = Fake(lambda x_t, t, y: 0 * x_t)
-    ddpm.sample(model, [3, 8], steps=T, guidance=guidance, guidance_interval=(0.2, 0.8))
+    ddpm.sample(model, [3, 8], steps=T, guidance=guidance, guidance_interval=interval)
     for (_, t, y), step in zip(model.asked, reversed(range(T))):
         assert (t == step).all() and sorted(y.tolist()) == ([3, 8, 10, 10] if step in steps else [3, 8])
 
