@@ -1689,6 +1689,7 @@ def test_command_of_readme(as_in_readme, finished, command):
 @pytest.mark.parametrize("code", [block for language, block in BLOCKS if language == "python"])
 def test_code_of_readme(as_in_readme, monkeypatch, code):
     """Code that README.md shows would not work."""
-    monkeypatch.setattr(ddpm, "UNet", ddpm.UNet)  # what the code replaces or adds is to be taken back
+    for name in "UNet", "has_bfloat16":  # what the code replaces or adds is to be taken back
+        monkeypatch.setattr(ddpm, name, getattr(ddpm, name))
     monkeypatch.setitem(ddpm.DATASETS, "kmnist", None)
     exec(code, {})
