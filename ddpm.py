@@ -21,7 +21,7 @@ The names:
     T, t      T, t                          number of noising steps; the index of one
     β_t       betas; beta                   variance of the noise that step t adds          (T,); a float in the sampler
     α_t       alpha                         1 - β_t, the share of the variance that is kept
-    ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); of one t, or of a batch
+    ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); of one t or of a batch
     ᾱ_{t-1}   alpha_bar_prev                the same one step earlier; 1 for the clean image
     x_0, x_t  x_0, x_t                      clean image, in [-1, 1]; noisy image              (B, C, H, W)
     ε, ε_θ    eps, eps_hat                  the noise in x_t; the network's prediction of it  (B, C, H, W)
@@ -1052,12 +1052,13 @@ def evaluate(args):
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
     real, y = {}, torch.arange(count) % len(classes)  # without real images, all classes equally often
     try:
-        for part, (images, labels) in {"test images": load_dataset(name, args.data_dir, train=False),
-                                       "training images": load_dataset(name, args.data_dir)}.items():  # fmt: skip
-            # Taken evenly from the whole set, as MNIST's test set begins with its easier half.
-            chosen = torch.arange(count) * len(labels) // count
+        for part, train in ("test images", False), ("training images", True):
+            images, labels = load_dataset(name, args.data_dir, train)
+            y = y if train else labels[torch.arange(count) * len(labels) // count]  # classes as often as in the test
+            # At random: MNIST's test set begins with its easier half, and in both sets two groups of writers take
+            # turns, so that every tenth image would be by the same group.
+            chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
             real[part] = images[chosen], labels[chosen]
-        y = real["test images"][1]  # so that both have as many of each class
     except UserError as error:
         print(f"no figures of real images: {error}")
 
@@ -1071,7 +1072,7 @@ def evaluate(args):
     for part, (images, labels) in {"samples": (samples, y), **real}.items():
         probabilities, features = judge(classifier, images)
         right = (probabilities.argmax(dim=1) == labels).double()
-        rows = {"": part, "images": f"{count}", "label accuracy": f"{right.mean():.2%}"}
+        rows = {"": part, "images": f"{len(labels)}", "label accuracy": f"{right.mean():.2%}"}
         rows |= {f"  {label}": f"{right[labels == i].mean():.2%}" for i, label in enumerate(classes)}
         rows["FID"] = f"{frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov):.3f}"
         rows["Inception Score"] = f"{inception_score(probabilities):.3f}"

@@ -1362,7 +1362,7 @@ def test_evaluate(fashion, finished, monkeypatch, capsys):
     contents["config"] |= ddpm.DATASETS["fashion-mnist"][-1] | {"dataset": "fashion-mnist"}
     torch.save(contents, "weights.pt")
     test_images, test_labels = ddpm.load_dataset("fashion-mnist", fashion, train=False)
-    chosen = [i * 200 // 150 for i in range(150)]
+    chosen = list(range(200))  # all of them, so that the column of the test set is that of the same images
     sample, asked = ddpm.sample, []
 
     def perfect(model, labels, steps, eta, guidance, guidance_interval, seeds, x_T, on_step):
@@ -1375,13 +1375,13 @@ def test_evaluate(fashion, finished, monkeypatch, capsys):
 
     monkeypatch.setattr(ddpm, "sample", perfect)
     monkeypatch.setattr(ddpm, "BATCH", 64)
-    flags = ["--checkpoint", "weights.pt", "--data-dir", fashion, "--device", "cpu", "--count", 150, "--steps", 2]
+    flags = ["--checkpoint", "weights.pt", "--data-dir", fashion, "--device", "cpu", "--count", 200, "--steps", 2]
     assert run("evaluate", *flags, "--guidance", 1, "--seed", 3) == 0
     out = capsys.readouterr().out
     rows = table(out)
     assert asked == [(int(test_labels[i]), 3_000_000 + k) for k, i in enumerate(chosen)]
     assert "2 network evaluations an image" in out
-    assert rows[""] == ["samples", "test images", "training images"] and rows["images"] == ["150"] * 3
+    assert rows[""] == ["samples", "test images", "training images"] and rows["images"] == ["200"] * 3
     for row in "label accuracy", "t-shirt", "trouser", "FID", "Inception Score":
         assert rows[row][0] == rows[row][1], row
     assert float(rows["label accuracy"][2][:-1]) > 90  # each column by its own labels
@@ -1394,6 +1394,28 @@ def test_evaluate(fashion, finished, monkeypatch, capsys):
     flipped = table(capsys.readouterr().out)
     assert float(flipped["label accuracy"][0][:-1]) < 10 and flipped["label accuracy"][1:] == rows["label accuracy"][1:]
     assert float(flipped["FID"][0]) >= float(rows["FID"][0])
+
+
+def test_real_images_are_chosen_at_random(fashion, finished, monkeypatch, capsys):
+    """Real images would be the first of their set, or every so-many-th and so those of one group of writers."""
+    monkeypatch.setattr(ddpm, "CLASSIFIER_STEPS", 20)
+    contents = read(finished / "weights.pt")
+    contents["config"] |= ddpm.DATASETS["fashion-mnist"][-1] | {"dataset": "fashion-mnist"}
+    torch.save(contents, "weights.pt")
+    ddpm.load_classifier("fashion-mnist", fashion, "cpu")
+    judged, drawn, judge, draw = [], [], ddpm.judge, ddpm.draw
+    monkeypatch.setattr(ddpm, "judge", lambda *args: judged.append(args[1]) or judge(*args))
+    monkeypatch.setattr(ddpm, "draw", lambda model, labels, *args: drawn.extend(labels) or draw(model, labels, *args))
+    flags = ["--checkpoint", "weights.pt", "--data-dir", fashion, "--device", "cpu", "--count", 100, "--steps", 1]
+    assert run("evaluate", *flags) == 0
+    assert drawn == ddpm.load_dataset("fashion-mnist", fashion, train=False)[1][::2].tolist()
+    for images, train in zip(judged[1:], (False, True)):
+        pixels, _ = ddpm.load_dataset("fashion-mnist", fashion, train)
+        chosen = [(pixels == image).flatten(1).all(dim=1).nonzero().item() for image in images]
+        assert len(chosen) == len(set(chosen)) == 100
+        assert 30 < sum(i % 2 for i in chosen) < 70 and 30 < sum(i < len(pixels) / 2 for i in chosen) < 70
+    accuracy = table(capsys.readouterr().out)["label accuracy"]
+    assert float(accuracy[1][:-1]) > 90 and float(accuracy[2][:-1]) > 90  # each image with its own label
 
 
 def test_evaluate_without_data(capsys):
