@@ -107,6 +107,9 @@ def explained(message):
 # missing when sampling. With the linear schedule and T = 1000, √ᾱ_T is 0.006.
 
 
+SCHEDULES = ["linear", "cosine"]
+
+
 def beta_schedule(schedule, timesteps):
     """The variance of the noise that each step adds.
 
@@ -127,7 +130,7 @@ def beta_schedule(schedule, timesteps):
         f = torch.cos((t_over_T + s) / (1 + s) * math.pi / 2) ** 2  # (T+1,)
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
-        raise UserError(f"no schedule is called {schedule!r}: choose linear or cosine")
+        raise UserError(f"no schedule is called {schedule!r}: choose {' or '.join(SCHEDULES)}")
     # As Nichol & Dhariwal: at β = 1 nothing of the image would be left, and sampling would divide by zero.
     return betas.clamp(max=0.999)
 
@@ -769,7 +772,7 @@ TRAIN_OPTIONS = {  # the flags that a checkpoint remembers
     "batch_size": {"default": 128, "type": POSITIVE, "help": "images per step"},
     "lr": {"default": 2e-3, "type": in_range(float, 0, 1000), "help": "peak learning rate"},
     "timesteps": {"default": 1000, "type": in_range(int, 1, 10**6), "help": "T, noising steps"},
-    "schedule": {"default": "linear", "choices": ["linear", "cosine"], "help": "of the noise"},
+    "schedule": {"default": "linear", "choices": SCHEDULES, "help": "of the noise"},
     "channels": {"default": [32, 64, 128, 256], "type": POSITIVE, "nargs": "+", "help": "one number a level"},
     "class_dropout": {"default": 0.1, "type": SHARE, "help": "share of labels to drop; 0: sample with --guidance 1"},
     "ema_decay": {"default": 0.999, "type": SHARE, "help": "of the averaged weights, per step"},
@@ -1047,8 +1050,6 @@ def evaluate(args):
     name, classes, count = model.config["dataset"], model.config["classes"], args.count
     if name not in DATASETS or model.config != model.config | DATASETS[name][-1]:  # channels, size, classes
         raise UserError(f"this model's images are not those of {', '.join(DATASETS)}: nothing to compare them with")
-    if not 64 < count <= 10000:
-        raise UserError("--count must be above 64, as the covariance of 64 features needs it, and at most 10000")
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
     real, y = {}, torch.arange(count) % len(classes)  # without real images, all classes equally often
     try:
@@ -1169,7 +1170,8 @@ def make_parser():
     flag(sample, "--like-label", "the digit that IMAGE shows", metavar="D")
     flag(sample, "--gif", "write a film of the sampling, and ten moments of it as PATH_moments.png", metavar="PATH")
     flag(sample, "--out", "a .png file, or a folder to fill", "samples.png")
-    flag(evaluate, "--count", "images to draw, and test images to compare them with", 10000, type=POSITIVE)
+    # The covariance of 64 features needs more than 64 images, and there are 10,000 test images.
+    flag(evaluate, "--count", "images to draw, and real ones beside them", 10000, type=in_range(int, 65, 10000))
 
     for c in sample, evaluate:
         flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")

@@ -1434,15 +1434,14 @@ def test_evaluate_without_data(capsys):
     assert "FashionMNIST/raw" in error_of(capsys, "evaluate", *flags)
 
 
-@pytest.mark.parametrize("count, config, word", [
-    (64, {}, "64"), (10001, {}, "10000"), (100, {"dataset": "dogs"}, "mnist"), (100, {"image_size": 8}, "mnist"),
-    (100, {"dataset": "../mnist"}, "mnist"), (100, {"dataset": "fashion-mnist"}, "mnist"),
+@pytest.mark.parametrize("config", [
+    {"dataset": "dogs"}, {"dataset": "../mnist"}, {"dataset": "fashion-mnist"}, {"image_size": 8},
 ])  # fmt: skip
-def test_impossible_evaluation(capsys, count, config, word):
-    """FID of too few images, or of images of another kind, would be printed as if it meant something."""
+def test_impossible_evaluation(capsys, config):
+    """FID of images of another kind would be printed as if it meant something."""
     model = ddpm.UNet(CONFIG | {"image_size": 28} | config)
     Path("weights.pt").write_bytes(weights(config=model.config, weights=model.state_dict()))
-    assert word in error_of(capsys, "evaluate", "--checkpoint", "weights.pt", "--count", count, "--device", "cpu")
+    assert "mnist" in error_of(capsys, "evaluate", "--checkpoint", "weights.pt", "--count", 100, "--device", "cpu")
 
 
 @pytest.mark.parametrize("contents", [b"", b"x" * 100, archive({"format": 1}), archive({"format": 1, "weights": {}})])
@@ -1587,7 +1586,7 @@ def test_handwriting_needs_grey_images(capsys):
     "train --timesteps 0", "train --schedule quadratic", "train --channels 0", "train --channels 4 x",
     "train --class-dropout 2", "train --ema-decay -1", "train --sample-every 0", "train --seed 99999999999",
     "train --device abacus", "train --timesteps 1000001", "train --resume yes", "shapes --dataset dogs",
-    "shapes --channels 4 0", "evaluate --count 0", "evaluate --count x", "evaluate --steps 0", "evaluate --guidance -1",
+    "shapes --channels 4 0", "evaluate --count 64", "evaluate --count 10001", "evaluate --count x", "evaluate --steps 0", "evaluate --guidance -1",
     "evaluate --guidance-interval 0.5", "evaluate --eta 2", "evaluate --seed -1", "evaluate --device abacus",
     "evaluate --label 3",
 ])  # fmt: skip
