@@ -8,12 +8,13 @@ become this one. So, to draw a new image, start from pure noise, remove a little
 repeat. Tell the network, while it learns, which digit it is looking at, and it will draw the digit that you ask for.
 
 The four equations, with their numbers in Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv
-2006.11239). The class y is an addition to that paper; so is DDIM, the faster sampler that is used by default.
+2006.11239), and the sections of this file that explain them. The class y is an addition to that paper; so is DDIM, the
+faster sampler that is used by default.
 
-    Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                         section 2
-    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                          section 4
-    Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image that a prediction implies        section 5
-    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 in place of x_0          section 5
+    Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                   here: section 2
+    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                    here: section 4
+    Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image that a prediction implies  here: section 5
+    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 in place of x_0    here: section 5
 
 The names:
 
@@ -27,8 +28,9 @@ The names:
     ε, ε_θ    eps, eps_hat                  the noise in x_t; the network's prediction of it  (B, C, H, W)
     x̂_0       x_0_hat                       the clean image that eps_hat implies              (B, C, H, W)
     μ̃_t, √β̃_t mean, sigma                   mean and standard deviation of x_{t-1}, if x_t and x_0 are known
-    σ_t       sigma                         in general, the standard deviation of the noise that a sampling step adds
-    η, S      eta, guidance                 how much fresh noise that is, 0 to 1; how much the class counts (section 5)
+    σ_t       sigma                         in general, the standard deviation of the fresh noise of a sampling step
+    η         eta                           scale of σ_t, 0 to 1 (DDIM, section 5)
+    S         guidance                      how much the class counts (section 5)
     y         y                             class of each image; the number after the last class means "no class"  (B,)
 
     The paper counts t = 1..T, the code t = 0..T-1: alphas_cumprod[0] is the paper's ᾱ_1, one step of noise. The clean
@@ -41,14 +43,14 @@ Commands (each has --help):
     python ddpm.py sample --label 2 0 2 6 --count 5                            write a number, five times
     python ddpm.py sample --like four.jpg --like-label 4 --label 0 1 2 3       write in somebody's hand
     python ddpm.py train                                                       train on MNIST, into runs/mnist
-    torchrun --nproc_per_node=2 ddpm.py train                                  the same with two processes
+    torchrun --nproc_per_node=2 ddpm.py train                                  with two processes
     python ddpm.py evaluate                                                    measure how good the digits are
     python ddpm.py shapes                                                      the network as a table
 
 From Python, model = ddpm.load_model() and then ddpm.generate_number(model, label=5) gives a PIL image.
 
 Measured: python ddpm.py train --epochs 20 on two CPU cores (AMD EPYC, PyTorch 2.14.1, seed 0) takes an hour, at 310 to
-380 images/s, and leaves the weights in assets/mnist.pt. Of 1000 digits that evaluate --count 1000 draws with them, a
+380 images/s; its weights are those in assets/mnist.pt. Of 1000 digits that evaluate --count 1000 draws with them, a
 classifier reads 99.7 % as their label, and their FID is 0.202; of 1000 real test images, 99.5 %, and the FID is 0.110.
 """
 
@@ -133,6 +135,11 @@ def beta_schedule(schedule, timesteps):
         raise UserError(f"no schedule is called {schedule!r}: choose {' or '.join(SCHEDULES)}")
     # As Nichol & Dhariwal: at β = 1 nothing of the image would be left, and sampling would divide by zero.
     return betas.clamp(max=0.999)
+
+
+def cumulative_alphas(config):
+    """ᾱ_t of all steps of a model with this config ("schedule", "timesteps"): (T,) in float64, falling to almost 0."""
+    return torch.cumprod(1 - beta_schedule(config["schedule"], config["timesteps"]), dim=0)
 
 
 # ======================================================================================================================
@@ -331,17 +338,17 @@ class UNet(nn.Module):
 # 4. The training objective (Algorithm 1)
 # ======================================================================================================================
 #
-# In theory the network should make the training images likely. A bound of that likelihood is a sum with a term for each
-# step, and with fixed variances all but the two at the ends are a weighted squared error between the noise and its
-# prediction (Eq. 12). Ho et al. drop the weights, which are largest where t is small and the noise tiny: compared with
-# the bound, the simple loss cares more about larger t, where there is more to decide, and its images are better.
-# Instead of the sum over t, one random t an image:
+# In theory the network should make the training images likely. A bound of that likelihood is a sum of terms, one for
+# each step and one for x_T. With fixed variances, all but the first and the last are a weighted squared error between
+# the noise and its prediction (Eq. 12). Ho et al. drop the weights, which are largest where t is small and the noise
+# tiny: compared with the bound, the simple loss cares more about larger t, where there is more to decide, and its
+# images are better. Instead of the sum over t, one random t an image:
 #
 #     Algorithm 1:  repeat   x_0 from the data,  t ~ Uniform,  ε ~ N(0, I)
 #                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
 # Why predict ε and not x_0? Either follows from the other by Eq. 4, and the squared error of ε is then ᾱ_t/(1-ᾱ_t)
-# times that of x_0: compared with a loss of x_0, little is asked at large t, where nobody could know x_0. Ho et al.
+# times that of x_0. So a loss of x_0 would care about large t far more still, where nobody could know x_0. Ho et al.
 # report worse images when x_0 is predicted (section 3.2).
 #
 # Why are labels sometimes dropped? With the class replaced by "no class" for a tenth of the images, one network learns
@@ -357,8 +364,9 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1, t_range=None):
     labels that are replaced by "no class"; t_range (low, high) limits t to low..high-1, to see where the loss comes
     from. Returns a scalar: the mean over all pixels, 1 for a network that predicts 0.
     """
-    B, T, device = len(x_0), len(alphas_cumprod), x_0.device
-    t = torch.randint(*(t_range or (0, T)), (B,), device=device)  # uniform, over 0..T-1 unless said
+    B, device = len(x_0), x_0.device
+    low, high = t_range or (0, len(alphas_cumprod))
+    t = torch.randint(low, high, (B,), device=device)  # uniform
     eps = torch.randn_like(x_0)
     y = torch.where(torch.rand(B, device=device) < class_dropout, len(model.config["classes"]), y)
     eps_hat = model(q_sample(x_0, t, eps, alphas_cumprod), t, y)
@@ -394,7 +402,7 @@ def posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
     """Mean and standard deviation of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 6 and 7).
 
     x_0_hat and x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t < 1 and ᾱ_{t-1} > ᾱ_t, floats. When steps are
-    left out, "t-1" is the step one goes to, and α_t the product of the α in between. Returns (mean, sigma).
+    left out, "t-1" is the step one goes to, and α_t is ᾱ_t / ᾱ_{t-1} all the same. Returns (mean, sigma).
     """
     alpha, beta = alpha_bar / alpha_bar_prev, 1 - alpha_bar / alpha_bar_prev
     # Eq. 7: μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
@@ -426,8 +434,8 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
 # S = 0 ignores the class, 1 is the plain conditional prediction, above 1 trades variety for clarity. At the noisiest
 # steps that is a bad trade, because there it drives all samples to the same few shapes, and in the last steps, where
 # the digit has long been decided, it is of no use. So S above 1 applies only in an interval of t (Kynkäänniemi et al.
-# 2024, arXiv 2404.07724; the interval here is our own), and only there, or where S is below 1, does the network have to
-# be asked twice.
+# 2024, arXiv 2404.07724; the interval here is our own), and only there, or where S is below 1, is the network asked
+# twice.
 
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.5, (0.2, 0.8)  # the defaults of sampling; the interval in shares of T
 
@@ -449,10 +457,9 @@ def trajectory(config, steps):
     steps of T = 1000. Asked for more than T steps, it takes T.
     """
     T = config["timesteps"]
-    alphas_cumprod = torch.cumprod(1 - beta_schedule(config["schedule"], T), dim=0).tolist()  # T floats
+    alpha_bars = [*cumulative_alphas(config).tolist(), 1.0]  # the last one, alpha_bars[-1], is that of t = -1
     visited = torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
-    alpha_bars = [alphas_cumprod[t] for t in visited[:-1]] + [1.0]
-    return list(zip(visited[:-1], alpha_bars[:-1], alpha_bars[1:]))
+    return [(t, alpha_bars[t], alpha_bars[t_prev]) for t, t_prev in zip(visited, visited[1:])]
 
 
 @torch.inference_mode()
@@ -487,8 +494,10 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
         if on_step:
             on_step(x_t, x_0_hat)
-        mean, sigma = (posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev) if eta == 1 else
-                       ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta))  # fmt: skip
+        if eta == 1:
+            mean, sigma = posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
+        else:
+            mean, sigma = ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta)
         x_t = mean + sigma * standard_normal() if sigma > 0 else mean
     return x_t
 
@@ -539,11 +548,10 @@ CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag,
 THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck".split(", ")
 IDX = "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
 DATASETS = {  # name: torchvision's class, the folder and the names of its files, what a model has to know of its images
-    "mnist": ("MNIST", "MNIST/raw", IDX, {"image_channels": 1, "image_size": 28, "classes": list("0123456789")}),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", IDX,
-                      {"image_channels": 1, "image_size": 28, "classes": CLOTHES}),
-    "cifar10": ("CIFAR10", "", "cifar-10-python.tar.gz", {"image_channels": 3, "image_size": 32, "classes": THINGS}),
-}  # fmt: skip
+    "mnist": ("MNIST", "MNIST/raw", IDX, dict(image_channels=1, image_size=28, classes=list("0123456789"))),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", IDX, dict(image_channels=1, image_size=28, classes=CLOTHES)),
+    "cifar10": ("CIFAR10", "", "cifar-10-python.tar.gz", dict(image_channels=3, image_size=32, classes=THINGS)),
+}
 
 
 def load_dataset(name, data_dir, train=True):
@@ -565,10 +573,10 @@ def load_dataset(name, data_dir, train=True):
     return images.contiguous(), labels
 
 
-# Checkpoints. A run leaves two files. weights.pt is for sampling: the averaged weights (section 7) in half precision
-# and the configuration, so that nothing else is needed to load it. checkpoint.pt is for resuming: whatever the next
-# step of training depends on. Both hold tensors and plain values only, and are read with weights_only=True: a pickle
-# could run any program. The classifier of section 8 is kept in the same way.
+# Checkpoints. A run leaves two files to be loaded. weights.pt is for sampling: the averaged weights (section 7) in
+# half precision and the configuration, so that nothing else is needed to load it. checkpoint.pt is for resuming:
+# whatever the next step of training depends on. Both hold tensors and plain values only, and are read with
+# weights_only=True: a pickle could run any program. The classifier of section 8 is kept in the same way.
 
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1  # a version number in every file, so that an older program can refuse a newer file
@@ -600,8 +608,8 @@ def load_model(path=None, device="cpu"):
 
     Prints which it is. Raises UserError when the file cannot be read or is something else.
     """
-    own = sorted(Path("runs").glob("*/weights.pt"), key=os.path.getmtime)
-    path = Path(path or (own[-1] if own else ASSETS / "mnist.pt"))
+    candidates = [ASSETS / "mnist.pt", *sorted(Path("runs").glob("*/weights.pt"), key=os.path.getmtime)]
+    path = Path(path or candidates[-1])
     contents = load(path)
     with explained(f"{path} holds no weights for the network of this ddpm.py"):
         config, weights = contents["config"], contents["weights"]
@@ -711,8 +719,8 @@ def read_digit(path, size=28):
 def learning_rate(step, total_steps, peak):
     """Linear warm-up over the first 5 % of the steps (500 at most), then half a cosine down to 0 at total_steps."""
     warmup = min(500, max(1, total_steps // 20))
-    rest = min(1, (step - warmup) / max(1, total_steps - warmup))  # 0..1 after the warm-up
-    return peak * ((step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * rest)))
+    rest = min(1, max(0, step - warmup) / max(1, total_steps - warmup))  # 0 during the warm-up, then 0..1
+    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * rest))
 
 
 @torch.no_grad()
@@ -778,7 +786,6 @@ TRAIN_OPTIONS = {  # the flags that a checkpoint remembers
     "ema_decay": {"default": 0.999, "type": SHARE, "help": "of the averaged weights, per step"},
     "seed": {"default": 0, "type": in_range(int, 0, 2**31), "help": "of the random numbers"},
 }
-SAVE_EVERY = 300  # seconds
 
 
 def show(line, last=False):
@@ -792,7 +799,7 @@ def train(args):
 
     args is what make_parser parsed. Returns 130 if it was told to stop. Raises UserError and OSError.
     """
-    given = {name: getattr(args, name) for name in TRAIN_OPTIONS if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items() if name in TRAIN_OPTIONS}
     out, device = Path(args.out or f"runs/{given.get('dataset', 'mnist')}"), torch.device(args.device)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not args.resume:
@@ -817,8 +824,8 @@ def train(args):
     else:
         sys.stdout = open(os.devnull, "w")
     if processes > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
-        gpu = device if device.type == "cuda" else None
+        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
+        device = gpu or device
         torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=gpu)  # waits until all have come here
     images, labels = (tensor.to(device) for tensor in load_dataset(options["dataset"], args.data_dir))
     print(f"{len(images)} images of {options['dataset']}, on {device}, into {out}", flush=True)
@@ -833,8 +840,7 @@ def train(args):
         with explained(f"{checkpoint} does not fit this network: choose another --out"):
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-            first_step, history = saved["step"], saved["history"]
-            loss_sum += saved["loss_sum"]
+            first_step, history, loss_sum = saved["step"], saved["history"], loss_sum + saved["loss_sum"]
     network = torch.compile(model) if args.compile else model  # a faster view of the same weights
     if processes > 1:
         network = nn.parallel.DistributedDataParallel(network)
@@ -843,7 +849,7 @@ def train(args):
     batch_size = min(options["batch_size"], len(images))
     steps_per_epoch = len(images) // batch_size  # the remainder, different images in each epoch, is skipped
     epochs, total_steps = options["epochs"], options["epochs"] * steps_per_epoch
-    alphas_cumprod = torch.cumprod(1 - beta_schedule(options["schedule"], options["timesteps"]), 0).float().to(device)
+    alphas_cumprod = cumulative_alphas(config).float().to(device)
     if saved and epochs != saved["options"]["epochs"]:
         print(f"for {epochs} epochs, the learning rate is {learning_rate(first_step, total_steps, options['lr']):.1e}")
 
@@ -859,7 +865,7 @@ def train(args):
     for step in range(first_step, total_steps):
         epoch, position = divmod(step, steps_per_epoch)
         # All chance follows from the seed and the place in the run, so a resumed run needs no state of a generator.
-        # (Of integers, unlike text, Python's hash is the same every time.)
+        # (Of integers, unlike text, Python's hash is the same in every process.)
         if position == 0 or step == first_step:
             shuffle = torch.Generator().manual_seed(hash((options["seed"], epoch)))
             order = torch.randperm(len(images), generator=shuffle).to(device)
@@ -870,8 +876,8 @@ def train(args):
             loss_sum += train_step(network, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options)
 
         done, end_of_epoch = step + 1, position + 1 == steps_per_epoch
-        save_now = end_of_epoch or stop or time.monotonic() - saved_at > SAVE_EVERY
-        if rank > 0 or not (save_now or (sys.stdout.isatty() and time.monotonic() - shown_at > 0.5)):
+        save_now = end_of_epoch or stop or time.monotonic() - saved_at > 300  # seconds
+        if rank > 0 or not (save_now or time.monotonic() - shown_at > 0.5):
             continue
         # The mean since the epoch began, of process 0's share. It waits for the device, so the clock is read after it.
         loss = loss_sum.item() / (position + 1)
@@ -882,7 +888,7 @@ def train(args):
         if not save_now:
             continue
         if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
-            raise UserError(f"the loss is {loss} at step {done}, not saved after {saved_step}: a lower --lr may help")
+            raise UserError(f"diverged at step {done} (loss {loss}), last saved at {saved_step}: a lower --lr may help")
         if end_of_epoch:
             history.append(f"{epoch + 1},{done},{loss:.6f},{optimizer.param_groups[0]['lr']:.3e},{rate:.0f}")
             loss_sum.zero_()
@@ -998,7 +1004,7 @@ def load_classifier(name, data_dir, device):
             optimizer.param_groups[0]["lr"] = learning_rate(step, CLASSIFIER_STEPS, peak=3e-3)
             batch = torch.randint(len(images), (128,), device=device)
             # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not its place. (What
-            # leaves on one side comes back on the other; MNIST's margin is empty.)
+            # leaves on one side comes back on the other; MNIST's margin is all but empty.)
             x = torch.roll(from_bytes(images[batch]), torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
             loss = F.cross_entropy(classifier(x), labels[batch])
             optimizer.zero_grad()
@@ -1020,9 +1026,8 @@ def denoising_loss(model, images, labels):
     t and noise come from a fixed seed: two sets of the same size get the same, so that their losses can be compared.
     """
     rows, device, T = {}, next(model.parameters()).device, model.config["timesteps"]
-    alphas_cumprod = torch.cumprod(1 - beta_schedule(model.config["schedule"], T), dim=0).float().to(device)
-    every = -(-len(images) // 1000)  # rounded up: 1000 images at most, which are enough for two or three digits
-    x_0, y = from_bytes(images[::every].to(device)), labels[::every].to(device)
+    alphas_cumprod = cumulative_alphas(model.config).float().to(device)
+    x_0, y = from_bytes(images[:1000].to(device)), labels[:1000].to(device)  # enough for two or three digits
     edges = sorted({T * i // 5 for i in range(6)})
     for low, high in zip(edges[:-1], edges[1:]):
         torch.manual_seed(0)
@@ -1033,13 +1038,13 @@ def denoising_loss(model, images, labels):
 def draw(model, labels, seeds, args, x_T=None, on_step=None):
     """Samples in batches, with progress: labels and seeds are lists (N), args as parsed, x_T and on_step as in sample.
 
-    Yields x_0 (B, C, H, W). An x_T must fit every batch: (1, C, H, W).
+    Yields the images one by one, x_0 (C, H, W), on the CPU. An x_T must fit every batch: (1, C, H, W).
     """
     started_at = time.monotonic()
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
-        yield sample(model, labels[part], args.steps, args.eta, args.guidance, args.guidance_interval, seeds[part],
-                     x_T, on_step)  # fmt: skip
+        yield from sample(model, labels[part], args.steps, args.eta, args.guidance, args.guidance_interval, seeds[part],
+                          x_T, on_step).cpu()  # fmt: skip
         done = min(start + BATCH, len(labels))
         show(f"{done} of {len(labels)}, {done / (time.monotonic() - started_at):.1f} images/s", done == len(labels))
 
@@ -1053,9 +1058,9 @@ def evaluate(args):
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
     real, y = {}, torch.arange(count) % len(classes)  # without real images, all classes equally often
     try:
-        for part, train in ("test images", False), ("training images", True):
-            images, labels = load_dataset(name, args.data_dir, train)
-            y = y if train else labels[torch.arange(count) * len(labels) // count]  # classes as often as in the test
+        for part, is_train in ("test images", False), ("training images", True):
+            images, labels = load_dataset(name, args.data_dir, is_train)
+            y = y if is_train else labels[torch.arange(count) * len(labels) // count]  # classes as often as in the test
             # At random: MNIST's test set begins with its easier half, and in both sets two groups of writers take
             # turns, so that every tenth image would be by the same group.
             chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
@@ -1066,7 +1071,7 @@ def evaluate(args):
     seen, started_at = [], time.monotonic()  # how many images the network sees, call by call
     model.register_forward_hook(lambda model, inputs, output: seen.append(len(output)))
     seeds = range(args.seed * 1_000_000, args.seed * 1_000_000 + count)
-    samples = torch.cat([to_bytes(x_0) for x_0 in draw(model, y.tolist(), seeds, args)])
+    samples = torch.stack([to_bytes(x_0) for x_0 in draw(model, y.tolist(), seeds, args)])
     print(f"{sum(seen) / count:g} network evaluations an image, {sum(seen) / (time.monotonic() - started_at):.0f}/s\n")
 
     table = {}
@@ -1078,7 +1083,7 @@ def evaluate(args):
         rows["FID"] = f"{frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov):.3f}"
         rows["Inception Score"] = f"{inception_score(probabilities):.3f}"
         table[part] = rows | (denoising_loss(model, images, labels) if part in real else {})
-    for row in dict.fromkeys(row for rows in table.values() for row in rows):  # each once, in the order of appearance
+    for row in table[part]:  # the last column has all the rows
         print(f"{row:<24}" + "".join(f"{rows.get(row, ''):>18}" for rows in table.values()))
 
 
@@ -1097,8 +1102,7 @@ def class_number(name, classes):
 
 def sample_command(args):
     """The sample command: draws the labels asked for and writes one image file, or a folder of them."""
-    out, gif = Path(args.out), args.gif and Path(args.gif)
-    model = load_model(args.checkpoint, args.device)
+    model, out, gif = load_model(args.checkpoint, args.device), args.out, args.gif
     config, classes = model.config, model.config["classes"]
     # One label fills a square; several make a row, a number for example, that is drawn count times.
     row = [class_number(name, classes) for name in args.label or classes]
@@ -1111,22 +1115,21 @@ def sample_command(args):
     x_T = invert(model, read_digit(args.like, config["image_size"]).to(args.device),
                  [class_number(args.like_label, classes)], args.steps) if args.like else None  # fmt: skip
 
-    for folder in ((out.parent if out.suffix else out), (gif or out).parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    (gif or out).parent.mkdir(parents=True, exist_ok=True)
     # The images of a row start from the same noise: they come out as if one hand had written them.
     seeds = [args.seed * 1_000_000 + i // len(row) for i in range(len(labels))]
-    images, frames, names = [], [], (f"{label}_{i:05d}.png" for i, label in enumerate(labels))
+    images, frames = [], []
     on_step = (lambda x_t, x_0_hat: frames.append((x_t.cpu(), x_0_hat[:1].cpu()))) if gif else None
-    for x_0 in draw(model, labels, seeds, args, x_T, on_step):
-        if out.suffix:
-            images.append(x_0.cpu())
-        else:
-            for image in x_0:
-                to_image(image[None]).save(out / next(names))
+    for i, x_0 in enumerate(draw(model, labels, seeds, args, x_T, on_step)):
+        if not out.suffix:
+            to_image(x_0[None]).save(out / f"{labels[i]}_{i:05d}.png")
+        if out.suffix or gif:  # a folder may get more images than the memory holds
+            images.append(x_0)
     if out.suffix:
-        to_image(torch.cat(images), columns).save(out)
+        to_image(torch.stack(images), columns).save(out)
     if gif:
-        save_film([*frames, (x_0.cpu(), x_0[:1].cpu())], gif, columns)
+        save_film([*frames, (torch.stack(images), images[0][None])], gif, columns)
     print(f"written: {out}" + (f", {gif} and its ten moments" if gif else ""))
 
 
@@ -1156,8 +1159,8 @@ def make_parser():
         help += f" (default: {default})" if default is not None else ""
         command.add_argument(name, help=help, default=default, **options)
 
-    for name, option in TRAIN_OPTIONS.items():  # None means not given, so that a resumed run may keep what it has
-        option = {**option, "default": None, "help": f"{option['help']} (default: {option['default']})"}
+    for name, option in TRAIN_OPTIONS.items():  # what is not given is left out, as a resumed run keeps what it has
+        option = {**option, "default": argparse.SUPPRESS, "help": f"{option['help']} (default: {option['default']})"}
         train.add_argument("--" + name.replace("_", "-"), **option)
     flag(train, "--out", "folder of the run (default: runs/DATASET)")
     flag(train, "--sample-every", "epochs between sample images", 1, type=POSITIVE)
@@ -1168,8 +1171,8 @@ def make_parser():
     flag(sample, "--count", "images of one label (default: 16; with --like 1), or rows of several (1)", type=POSITIVE)
     flag(sample, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
     flag(sample, "--like-label", "the digit that IMAGE shows", metavar="D")
-    flag(sample, "--gif", "write a film of the sampling, and ten moments of it as PATH_moments.png", metavar="PATH")
-    flag(sample, "--out", "a .png file, or a folder to fill", "samples.png")
+    flag(sample, "--gif", "a film of the sampling; ten moments of it as PATH_moments.png", type=Path, metavar="PATH")
+    flag(sample, "--out", "a .png file, or a folder to fill", "samples.png", type=Path)
     # The covariance of 64 features needs more than 64 images, and there are 10,000 test images.
     flag(evaluate, "--count", "images to draw, and real ones beside them", 10000, type=in_range(int, 65, 10000))
 
@@ -1196,6 +1199,7 @@ def main(argv=None):
     A wrong flag exits at once, with status 2 (argparse).
     """
     args = make_parser().parse_args(argv)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     commands = {"train": train, "sample": sample_command, "evaluate": evaluate, "shapes": shapes_command}
     try:
         return commands[args.command](args) or 0
@@ -1206,7 +1210,9 @@ def main(argv=None):
         print("ddpm.py: stopped; what is written stays", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # train has its own; a notebook goes on after it
+        for number, handler in handlers.items():  # train has its own; a notebook goes on after it
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -247,6 +248,17 @@ def test_schedule_for_any_number_of_steps(schedule, timesteps):
     betas = ddpm.beta_schedule(schedule, timesteps)
     assert 0 < betas.min() and betas.max() <= 0.999
     assert timesteps < 10 or alpha_bars(timesteps, schedule)[-2] < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_cumulative_alphas(schedule):
+    """What is left of the image's variance would be off by a step, or lose digits that a long product needs."""
+    alphas_cumprod = ddpm.cumulative_alphas(CONFIG | {"schedule": schedule, "timesteps": 1000})
+    assert alphas_cumprod.dtype == torch.float64
+    alpha_bar = 1.0
+    for beta, ours in zip(ddpm.beta_schedule(schedule, 1000).tolist(), alphas_cumprod.tolist(), strict=True):
+        alpha_bar -= beta * alpha_bar  # the step takes the share β of what the steps before have left
+        close(ours, alpha_bar)
 
 
 def test_unknown_schedule():
@@ -760,6 +772,10 @@ def test_film(steps, frames):
         left, top = strip.width + box[0], box[1]
         assert np.array_equal(strip.crop((left, top, left + 8, top + 8)), grid[2:10, 2:10])
     assert np.array_equal(strip.crop((2, 2, 10, 10)), ddpm.to_image(first[None]))  # above, the noise it began with
+    # A folder in place of the grid changes nothing about the film.
+    assert run("sample", *flags, "--out", "folder", "--gif", "again.gif") == 0
+    assert Path("again.gif").read_bytes() == Path("films/film.gif").read_bytes()
+    assert np.array_equal(Image.open("folder/1_00000.png"), grid[2:10, 2:10])
     assert not np.array_equal(strip.crop((2, 12, 10, 20)), ddpm.to_image(first[None]))
 
 
@@ -982,10 +998,24 @@ def test_batch_size_of_several_processes(data, tmp_path, monkeypatch, capsys):
     assert "16 cannot be shared by 3" in error_of(capsys, "train", *flags)
 
 
-def test_ctrl_c_works_after_training(data, tmp_path):
-    """In a notebook, Ctrl-C would do nothing any more once a run has ended."""
+def test_signals_work_after_training(data, tmp_path):
+    """In a notebook, Ctrl-C and kill would do nothing any more once a run has ended."""
     assert ddpm.main([str(word) for word in ["train", "--data-dir", data, "--out", tmp_path / "run", *FLAGS]]) == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_other_peoples_signals():
+    """A program that imports ddpm would lose its own handlers, or could not use it from a thread."""
+    previous, done = signal.signal(signal.SIGINT, signal.SIG_IGN), []
+    try:
+        assert ddpm.main(["shapes", "--channels", "4"]) == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        thread = threading.Thread(target=lambda: done.append(ddpm.main(["shapes", "--channels", "4"])))
+        thread.start()
+        thread.join()
+        assert done == [0]
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_a_loss_that_is_no_number(data, finished, tmp_path, monkeypatch, capsys):
@@ -994,7 +1024,7 @@ def test_a_loss_that_is_no_number(data, finished, tmp_path, monkeypatch, capsys)
     before = (folder / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(ddpm, "train_step", lambda *args: torch.tensor(math.nan))
     flags = ["--data-dir", data, "--out", folder, "--resume", "--epochs", 5, "--device", "cpu"]
-    assert "the loss is nan at step 20" in error_of(capsys, "train", *flags)
+    assert "diverged at step 20 (loss nan)" in error_of(capsys, "train", *flags)
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
@@ -1329,14 +1359,14 @@ def test_denoising_loss(timesteps, monkeypatch):
     """A band would hold other t than it says, drop labels, or give the two sets different noise."""
     model = Fake(lambda x_t, t, y: 0 * x_t)
     model.config = CONFIG | {"timesteps": timesteps}
-    images, labels = torch.zeros(2500, 1, 8, 8, dtype=torch.uint8), torch.arange(2500) % 10
+    images, labels = torch.zeros(2500, 1, 8, 8, dtype=torch.uint8), torch.arange(2500) % 7
     rows = ddpm.denoising_loss(model, images, labels)
     edges = [(int(t.min()), int(t.max())) for _, t, _ in model.asked]
     if timesteps == T:
         assert edges == [(0, 9), (10, 19), (20, 29), (30, 39), (40, 49)]
     assert [row for row in rows] == [f"loss, t {low}..{high}" for low, high in edges]
     assert all(0.97 < float(loss) < 1.03 for loss in rows.values())
-    assert all(800 < len(t) <= 1000 and torch.equal(y, labels[::3]) for _, t, y in model.asked)
+    assert all(len(t) == 1000 and torch.equal(y, labels[:1000]) for _, t, y in model.asked)
     first, model.asked = model.asked, []
     assert ddpm.denoising_loss(model, images, labels) == rows
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, model.asked))
