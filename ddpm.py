@@ -23,19 +23,20 @@ The names:
     β_t       betas; beta                   variance of the noise that step t adds          (T,); a float in the sampler
     α_t       alpha                         1 - β_t, the share of the variance that is kept
     ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); of one t or of a batch
-    ᾱ_{t-1}   alpha_bar_prev                the same one step earlier; 1 for the clean image
+    ᾱ_{t-1}   alpha_bar_prev                the same at the step that sampling goes to; 1 for the clean image
     x_0, x_t  x_0, x_t                      clean image, in [-1, 1]; noisy image              (B, C, H, W)
-    ε, ε_θ    eps, eps_hat                  the noise in x_t; the network's prediction of it  (B, C, H, W)
-    x̂_0       x_0_hat                       the clean image that eps_hat implies              (B, C, H, W)
+    ε, ε_θ    eps, eps_hat                  the noise in x_t; its prediction                  (B, C, H, W)
+    x̂_0       x_0_hat                       the clean image that goes with eps_hat            (B, C, H, W)
     μ̃_t, √β̃_t mean, sigma                   mean and standard deviation of x_{t-1}, if x_t and x_0 are known
-    σ_t       sigma                         in general, the standard deviation of the fresh noise of a sampling step
+    σ_t       mean, sigma                   in general, mean and standard deviation of a sampling step
     η         eta                           scale of σ_t, 0 to 1 (DDIM, section 5)
     S         guidance                      how much the class counts (section 5)
-    y         y                             class of each image; the number after the last class means "no class"  (B,)
+    y         y; labels                     class of each image; the number after the last class means "no class"  (B,)
 
     The paper counts t = 1..T, the code t = 0..T-1: alphas_cumprod[0] is the paper's ᾱ_1, one step of noise. The clean
-    image comes before t = 0. In shapes, B is the batch, C the channels, H and W height and width, D the width of an
-    embedding or of features; shape comments assume 28x28 grey images and the default channels 32, 64, 128, 256.
+    image comes before t = 0. In shapes, B is the batch, N any number of images, C the channels, H and W height and
+    width, D the width of an embedding or of features; shape comments assume 28x28 grey images and the default channels
+    32, 64, 128, 256.
 
 Commands (each has --help):
 
@@ -96,7 +97,7 @@ def explained(message):
 #
 #     Eq. 2:  q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)
 #
-# The factor √(1-β_t) keeps the total variance where it was: if x_{t-1} has variance 1, x_t has (1-β_t) + β_t = 1. So
+# The factor √(1-β_t) keeps the variance from growing: if x_{t-1} has variance 1, x_t has (1-β_t) + β_t = 1. So
 # the network's input has about the same scale at every t.
 #
 # Why must β be small? Because only then is the *reverse* of a step, from x_t to x_{t-1}, close to a Gaussian too, and a
@@ -116,7 +117,7 @@ def beta_schedule(schedule, timesteps):
     """The variance of the noise that each step adds.
 
     schedule is "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17);
-    timesteps is T, which should be well above 20, since with few steps some β of "linear" reach 1 and are cut. Returns
+    timesteps is T, which should be well above 20: up to there, some β of "linear" reach 1 and are cut. Returns
     betas (T,) in (0, 0.999], in float64, since ᾱ is a long product and the precision costs nothing. Raises UserError
     for another name.
     """
@@ -207,8 +208,8 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    The last layer of every residual block and of the attention begins like this, so that the block begins as its
-    shortcut and learns what to add. So does conv_out: the first prediction is 0, and the first loss 1, the variance of
+    The last layer of every residual block and of the attention starts like this, so that at first the block passes its
+    input on, and learns what to add. So does conv_out: the first prediction is 0, and the first loss 1, the variance of
     the noise.
     """
     nn.init.zeros_(layer.weight)
@@ -254,8 +255,8 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention: every position looks at all the others and gathers what it finds there (Vaswani et al. 2017).
 
-    A 3x3 convolution sees its neighbours only. Here at the bottom, where the image is 4x4, sixteen positions can agree
-    in one step on what the whole is to become; at 28x28 the same would take 784² comparisons.
+    A 3x3 convolution sees neighbouring positions only. Here at the bottom, where the image is 4x4, sixteen positions
+    can agree in one step on what the whole is to become; at 28x28 the same would take 784² comparisons.
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -338,11 +339,11 @@ class UNet(nn.Module):
 # 4. The training objective (Algorithm 1)
 # ======================================================================================================================
 #
-# In theory the network should make the training images likely. A bound of that likelihood is a sum of terms, one for
+# In theory the network should make the training images likely. A bound of the log-likelihood is a sum of terms, one for
 # each step and one for x_T. With fixed variances, all but the first and the last are a weighted squared error between
 # the noise and its prediction (Eq. 12). Ho et al. drop the weights, which are largest where t is small and the noise
 # tiny: compared with the bound, the simple loss cares more about larger t, where there is more to decide, and its
-# images are better. Instead of the sum over t, one random t an image:
+# images are better. Instead of the sum over t, one random t per image:
 #
 #     Algorithm 1:  repeat   x_0 from the data,  t ~ Uniform,  ε ~ N(0, I)
 #                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
@@ -362,7 +363,7 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1, t_range=None):
 
     x_0 (B, C, H, W) in [-1, 1]; y (B,) classes; alphas_cumprod (T,) in float32; class_dropout in [0, 1] is the share of
     labels that are replaced by "no class"; t_range (low, high) limits t to low..high-1, to see where the loss comes
-    from. Returns a scalar: the mean over all pixels, 1 for a network that predicts 0.
+    from. Returns a scalar: the mean over all pixels, about 1 for a network that predicts 0.
     """
     B, device = len(x_0), x_0.device
     low, high = t_range or (0, len(alphas_cumprod))
@@ -386,16 +387,16 @@ def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1, t_range=None):
 #
 # Ho's rule. If x_0 were known, then x_{t-1} given x_t would be a Gaussian, q(x_{t-1} | x_t, x_0), that Bayes' theorem
 # gives exactly (Eq. 6 and 7). It is not known, so x̂_0 takes its place. The mean then equals Eq. 11 of the paper, which
-# says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (unless x̂_0 is clipped, as in the loop below). This is
-# Algorithm 2: T steps, with fresh noise in each but the last. Of the variances β_t and β̃_t that the paper tries, Eq. 6
-# has the second.
+# says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (unless x̂_0 is clipped, as in the loop below). Ho's
+# rule is Algorithm 2: T steps, with fresh noise in each but the last. Of the variances β_t and β̃_t that the paper
+# tries, Eq. 6 has the second.
 #
 # Song's rule (DDIM, arXiv 2010.02502). Training only ever looked at q(x_t | x_0), never at how one gets from x_t to
-# x_{t-1}. So any rule is allowed that keeps each x_t at its noise level: take x̂_0 and noise it again to the earlier
+# x_{t-1}. So any rule is allowed that keeps each x_t at its noise level: take x̂_0 and noise it again to the lower
 # level, with fresh noise scaled by η and the predicted noise for the rest. With η = 1 it is Ho's rule again, written
-# differently; that rule has a function of its own so that Algorithm 2 can be read with the paper. With η = 0 there is
-# no chance at all, and 50 steps do instead of 1000: section 1 wanted small steps so that each is a Gaussian, but
-# without chance the steps follow one smooth curve, and that can be done in long steps.
+# differently; Ho's rule has a function of its own so that Algorithm 2 can be read with the paper. With η = 0 no step is
+# random, and 50 steps do instead of 1000: section 1 wanted small steps so that each is a Gaussian, but without
+# randomness the steps follow one smooth curve, and that can be done in long steps.
 
 
 def posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
@@ -420,16 +421,16 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
     """
     # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1})
     sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
-    # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t ε
+    # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z, with fresh noise z
     mean = math.sqrt(alpha_bar_prev) * x_0_hat + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps_hat
     return mean, sigma
 
 
-# Guidance. Asked for a four, the network predicts noise whose removal leads to fours; asked for nothing, to digits. The
-# difference of the two predictions points from "a digit" to "a four", and going further that way than the network asks
-# for makes the four more of a four (Ho & Salimans 2022, Eq. 6, with S = 1 + w):
+# Guidance. Asked for a four, the network predicts noise whose removal leads to fours; asked for nothing, to digits. To
+# remove the difference of the two predictions leads from "a digit" to "a four", and to remove more of it than the
+# network asks for makes the four more of a four (Ho & Salimans 2022, Eq. 6, with S = 1 + w):
 #
-#     ε = ε_θ(x_t, t, none) + S (ε_θ(x_t, t, y) - ε_θ(x_t, t, none))
+#     ε̂ = ε_θ(x_t, t, none) + S (ε_θ(x_t, t, y) - ε_θ(x_t, t, none))
 #
 # S = 0 ignores the class, 1 is the plain conditional prediction, above 1 trades variety for clarity. At the noisiest
 # steps that is a bad trade, because there it drives all samples to the same few shapes, and in the last steps, where
@@ -437,7 +438,7 @@ def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
 # 2024, arXiv 2404.07724; the interval here is our own), and only there, or where S is below 1, is the network asked
 # twice.
 
-STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.5, (0.2, 0.8)  # the defaults of sampling; the interval in shares of T
+STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.4, (0.2, 0.6)  # the defaults of sampling; the interval in shares of T
 
 
 def predict_noise(model, x_t, t, y, guidance):
@@ -451,13 +452,13 @@ def predict_noise(model, x_t, t, y, guidance):
 
 
 def trajectory(config, steps):
-    """The steps visited on the way from noise to image: a list of triples: t, ᾱ_t, and ᾱ_{t-1}, with "t-1" as above.
+    """The steps visited on the way from noise to image: a list of (t, ᾱ_t, ᾱ_{t-1}), "t-1" being the next one visited.
 
     They are evenly spaced from T-1, the noisiest, to -1, the clean image, whose ᾱ is 1: 999, 979, ..., 19, -1 for 50
     steps of T = 1000. Asked for more than T steps, it takes T.
     """
     T = config["timesteps"]
-    alpha_bars = [*cumulative_alphas(config).tolist(), 1.0]  # the last one, alpha_bars[-1], is that of t = -1
+    alpha_bars = [*cumulative_alphas(config).tolist(), 1.0]  # the 1 is alpha_bars[-1], of the clean image
     visited = torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
     return [(t, alpha_bars[t], alpha_bars[t_prev]) for t, t_prev in zip(visited, visited[1:])]
 
@@ -502,10 +503,10 @@ def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_inte
     return x_t
 
 
-# The loop backwards. With η = 0 there is no chance on the way from noise to image, so it can be walked in the other
+# The loop backwards. With η = 0 nothing is random on the way from noise to image, so it can be walked in the other
 # direction too: to the noise that becomes a given image (Song et al. 2020, section 4.3). That noise holds what the
-# class does not say: slant, weight and width of the stroke. Sampled with another label, it gives another digit in the
-# same hand.
+# class does not say: slant and width of the digit, weight of the stroke. Sampled with another label, it gives another
+# digit in the same hand.
 #
 # It only works from an image with some noise in it. In a perfectly clean one the network rightly finds none, so there
 # is nothing to carry upwards, and the result is far from the pure noise that the sampler expects. So the first step is
@@ -719,8 +720,8 @@ def read_digit(path, size=28):
 def learning_rate(step, total_steps, peak):
     """Linear warm-up over the first 5 % of the steps (500 at most), then half a cosine down to 0 at total_steps."""
     warmup = min(500, max(1, total_steps // 20))
-    rest = min(1, max(0, step - warmup) / max(1, total_steps - warmup))  # 0 during the warm-up, then 0..1
-    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * rest))
+    decayed = min(1, max(0, step - warmup) / max(1, total_steps - warmup))  # 0 during the warm-up, then 0..1
+    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
 @torch.no_grad()
@@ -797,7 +798,7 @@ def show(line, last=False):
 def train(args):
     """The train command. Leaves checkpoint.pt, weights.pt, log.csv and sample images in a folder.
 
-    args is what make_parser parsed. Returns 130 if it was told to stop. Raises UserError and OSError.
+    args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError and OSError.
     """
     given = {name: value for name, value in vars(args).items() if name in TRAIN_OPTIONS}
     out, device = Path(args.out or f"runs/{given.get('dataset', 'mnist')}"), torch.device(args.device)
@@ -888,7 +889,7 @@ def train(args):
         if not save_now:
             continue
         if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
-            raise UserError(f"diverged at step {done} (loss {loss}), last saved at {saved_step}: a lower --lr may help")
+            raise UserError(f"diverged between steps {saved_step} and {done} (loss {loss}): a lower --lr may help")
         if end_of_epoch:
             history.append(f"{epoch + 1},{done},{loss:.6f},{optimizer.param_groups[0]['lr']:.3e},{rate:.0f}")
             loss_sum.zero_()
@@ -897,7 +898,7 @@ def train(args):
         save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
         (out / "log.csv").write_text("\n".join(history) + "\n")  # all of it: no row twice, none missing
         if end_of_epoch and ((epoch + 1) % args.sample_every == 0 or done == total_steps):
-            # Each class five times, from the same noise after every epoch, so that epochs can be compared; without
+            # Each class five times, from the same noise each time, so that epochs can be compared; without
             # guidance, to see what the network itself can do.
             images_of_classes = sample(ema, list(range(len(config["classes"]))) * 5, guidance=1)
             to_image(images_of_classes, len(config["classes"])).save(out / f"samples_{epoch + 1:03d}.png")
@@ -1021,7 +1022,7 @@ def load_classifier(name, data_dir, device):
 
 @torch.inference_mode()
 def denoising_loss(model, images, labels):
-    """The loss of section 4 in five bands of t: images (N, C, H, W) uint8, labels (N,) -> {name: text}.
+    """The loss of section 4 in five bands of t, of the first 1000 images (N, C, H, W) uint8: {name: text}. labels (N,).
 
     t and noise come from a fixed seed: two sets of the same size get the same, so that their losses can be compared.
     """
@@ -1060,13 +1061,13 @@ def evaluate(args):
     try:
         for part, is_train in ("test images", False), ("training images", True):
             images, labels = load_dataset(name, args.data_dir, is_train)
-            y = y if is_train else labels[torch.arange(count) * len(labels) // count]  # classes as often as in the test
-            # At random: MNIST's test set begins with its easier half, and in both sets two groups of writers take
-            # turns, so that every tenth image would be by the same group.
+            y = y if is_train else labels[torch.arange(count) * len(labels) // count]  # classes about as in the test
+            # At random: MNIST's test set begins with its easier half, and in both sets images of two groups of writers
+            # alternate, so that every tenth image, for example, would be by the same group.
             chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
             real[part] = images[chosen], labels[chosen]
     except UserError as error:
-        print(f"no figures of real images: {error}")
+        print(f"figures of real images are missing: {error}")
 
     seen, started_at = [], time.monotonic()  # how many images the network sees, call by call
     model.register_forward_hook(lambda model, inputs, output: seen.append(len(output)))
