@@ -1114,6 +1114,19 @@ def test_process_0_downloads_first(tmp_path, monkeypatch, rank):
     assert calls == (["load"] if rank == 0 else [])
 
 
+def test_a_failing_step_of_several_processes(data, tmp_path, monkeypatch, capsys):
+    """What gloo or NCCL raise when another process is gone would end in a traceback."""
+    def fails(*args):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda network: network)
+    monkeypatch.setattr(ddpm, "train_step", fails)
+    error = error_of(capsys, "train", "--data-dir", data, "--out", tmp_path / "run", *FLAGS)
+    assert "step 0 failed; maybe another process is gone (Connection closed by peer)" in error
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_dead_peer_ends_the_run(data, tmp_path, dies):
     """One process would wait for a dead one for ever, or its end look like success."""
@@ -1130,7 +1143,9 @@ def test_a_dead_peer_ends_the_run(data, tmp_path, dies):
     processes[dies].kill()
     _, error = processes[1 - dies].communicate(timeout=100)  # far more than it takes; without it, the suite would hang
     processes[dies].communicate()
-    assert processes[1 - dies].returncode == 1 and "another process is gone" in error and "Traceback" not in error
+    # Now and then gloo's own threads hear of it first, and abort the process before Python can say anything.
+    explained = processes[1 - dies].returncode == 1 and "another process is gone" in error and "Traceback" not in error
+    assert explained or processes[1 - dies].returncode == -signal.SIGABRT
     assert ddpm.load(tmp_path / "run/checkpoint.pt")["step"] >= 4
 
 
