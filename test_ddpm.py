@@ -1143,7 +1143,7 @@ def test_a_dead_peer_ends_the_run(data, tmp_path, dies):
     processes[dies].kill()
     _, error = processes[1 - dies].communicate(timeout=100)  # far more than it takes; without it, the suite would hang
     processes[dies].communicate()
-    # Now and then gloo's own threads hear of it first, and abort the process before Python can say anything.
+    # Or, seen once in many runs and for a reason not known, it is aborted: an end as well, and not like success.
     explained = processes[1 - dies].returncode == 1 and "another process is gone" in error and "Traceback" not in error
     assert explained or processes[1 - dies].returncode == -signal.SIGABRT
     assert ddpm.load(tmp_path / "run/checkpoint.pt")["step"] >= 4
@@ -1631,7 +1631,8 @@ def test_handwriting_needs_grey_images(capsys):
     "train --timesteps 0", "train --schedule quadratic", "train --channels 0", "train --channels 4 x",
     "train --class-dropout 2", "train --ema-decay -1", "train --sample-every 0", "train --seed 99999999999",
     "train --device abacus", "train --timesteps 1000001", "train --resume yes", "shapes --dataset dogs",
-    "shapes --channels 4 0", "evaluate --count 64", "evaluate --count 10001", "evaluate --count x", "evaluate --steps 0", "evaluate --guidance -1",
+    "shapes --channels 4 0", "evaluate --count 64", "evaluate --count 10001",
+    "evaluate --count x", "evaluate --steps 0", "evaluate --guidance -1",
     "evaluate --guidance-interval 0.5", "evaluate --eta 2", "evaluate --seed -1", "evaluate --device abacus",
     "evaluate --label 3",
 ])  # fmt: skip
