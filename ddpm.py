@@ -1,159 +1,135 @@
 #!/usr/bin/env python3
 """ddpm.py: a class-conditional diffusion model that draws handwritten digits, in one file to read from top to bottom.
 
-The idea, in five sentences. Take an image and add a little Gaussian noise to it, again and again, T times: what is left
-is pure noise. Stop after any number of these steps, and train a neural network to look at the noisy image and to
-predict all the noise in it. Removing all of that at once would give a blur, the average of all images that could have
-become this one. So, to draw a new image, start from pure noise, remove a little of the predicted noise, look again, and
-repeat. Tell the network, while it learns, which digit it is looking at, and it will draw the digit that you ask for.
+Add Gaussian noise to an image in T small steps, until only noise is left. Train a neural network to look at a noisy
+image and to predict the noise in it. Removing all of that noise at once would give a blur: the mean of all images that
+could have become this noisy one. So start from pure noise, remove a little of the predicted noise, look again, and
+repeat T times; a new image emerges. The network is also told the class y of the image, so it draws the digit you want.
 
-The four equations, with their numbers in Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv
-2006.11239), and the sections of this file that explain them. The class y is an addition to that paper; so is DDIM, the
-faster sampler that is used by default.
+    Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
+    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
+    Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image a prediction implies     section 5
+    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 for x_0          section 5
 
-    Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                   here: section 2
-    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                    here: section 4
-    Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image that a prediction implies  here: section 5
-    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 in place of x_0    here: section 5
+"Eq." and "Algorithm" without an author are those of Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models"
+(arXiv 2006.11239). Six names, and their shapes for a batch of B images with C channels, height H and width W:
 
-The names:
+    x_0, x_t             clean image, with values in [-1, 1]; noisy image                      (B, C, H, W)
+    eps, eps_hat         ε, the noise in x_t; ε_θ, the network's prediction of it              (B, C, H, W)
+    x_0_hat              x̂_0, the clean image that x_t and eps_hat imply                       (B, C, H, W)
+    t, T                 index of a noising step; number of steps                              (B,) or an integer
+    betas                β_t, variance of the noise that step t adds                           (T,)
+    alphas_cumprod       ᾱ_t = (1-β_1) (1-β_2) ... (1-β_t), share of x_0's variance in x_t     (T,)
 
-    paper     here                          meaning
-    T, t      T, t                          number of noising steps; the index of one
-    β_t       betas; beta                   variance of the noise that step t adds          (T,); a float in the sampler
-    α_t       alpha                         1 - β_t, the share of the variance that is kept
-    ᾱ_t       alphas_cumprod; alpha_bar     α_1 α_2 ... α_t, the share that is left of x_0  (T,); of one t or of a batch
-    ᾱ_{t-1}   alpha_bar_prev                the same at the step that sampling goes to; 1 for the clean image
-    x_0, x_t  x_0, x_t                      clean image, in [-1, 1]; noisy image              (B, C, H, W)
-    ε, ε_θ    eps, eps_hat                  the noise in x_t; its prediction                  (B, C, H, W)
-    x̂_0       x_0_hat                       the clean image that goes with eps_hat            (B, C, H, W)
-    μ̃_t, √β̃_t mean, sigma                   mean and standard deviation of x_{t-1}, if x_t and x_0 are known
-    σ_t       mean, sigma                   in general, mean and standard deviation of a sampling step
-    η         eta                           scale of σ_t, 0 to 1 (DDIM, section 5)
-    S         guidance                      how much the class counts (section 5)
-    y         y; labels                     class of each image; the number after the last class means "no class"  (B,)
+The paper counts t = 1..T, the code t = 0..T-1, so betas[0] is the paper's β_1. The clean image comes before t = 0.
 
-    The paper counts t = 1..T, the code t = 0..T-1: alphas_cumprod[0] is the paper's ᾱ_1, one step of noise. The clean
-    image comes before t = 0. In shapes, B is the batch, N any number of images, C the channels, H and W height and
-    width, D the width of an embedding or of features; shape comments assume 28x28 grey images and the default channels
-    32, 64, 128, 256.
-
-Commands (each has --help):
-
-    python ddpm.py sample --label 3                                            draw threes
-    python ddpm.py sample --label 2 0 2 6 --count 5                            write a number, five times
-    python ddpm.py sample --like four.jpg --like-label 4 --label 0 1 2 3       write in somebody's hand
-    python ddpm.py train                                                       train on MNIST, into runs/mnist
-    torchrun --nproc_per_node=2 ddpm.py train                                  with two processes
-    python ddpm.py evaluate                                                    measure how good the digits are
-    python ddpm.py shapes                                                      the network as a table
-
-From Python, model = ddpm.load_model() and then ddpm.generate_number(model, label=5) gives a PIL image.
-
-Measured: python ddpm.py train --epochs 20 on two CPU cores (AMD EPYC, PyTorch 2.14.1, seed 0) takes an hour, at 310 to
-380 images/s; its weights are those in assets/mnist.pt. Of 1000 digits that evaluate --count 1000 draws with them, a
-classifier reads 99.4 % as their label, and their FID is 0.168; of 1000 real test images, 99.5 %, and the FID is 0.110.
+    python ddpm.py sample --label 3      draw threes with the trained weights in assets/
+    python ddpm.py train                 train on MNIST, into runs/mnist
+    python ddpm.py evaluate              measure how good the digits are
 """
 
-import argparse
-import copy
 import math
-import os
-import pickle
-import signal
-import sys
-import time
-import zipfile
-from contextlib import contextmanager, nullcontext
-from http.client import HTTPException
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-import torchvision
-from PIL import Image, ImageOps
 from torch import nn
 from torch.nn import functional as F
 
-
-class UserError(ValueError):
-    """Something that the user can put right. The message says what is wrong and what to do; main prints just that."""
-
-
-@contextmanager
-def explained(message):
-    """with explained("cannot read it"): whatever libraries raise inside over files or processes becomes a UserError."""
-    try:
-        yield
-    except (OSError, HTTPException, RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError,
-            EOFError, SyntaxError, pickle.UnpicklingError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-        raise UserError(f"{message} ({' '.join(str(error).split())[:300] or type(error).__name__})") from error
-
-
 # ======================================================================================================================
+# PART ONE: DDPM
+# ======================================================================================================================
+#
+# A complete diffusion model: it learns and it draws. It uses math and torch only. Comments give shapes for MNIST, which
+# has grey images of 28x28 pixels, and for the default channels.
+
+
+@dataclass
+class Config:
+    """What a model is and how it was trained. Each model carries its own as model.config, and so does each checkpoint."""
+
+    # The images.
+    dataset: str = "mnist"  # the data set's name
+    image_channels: int = 1  # C: 1 for grey, 3 for colour
+    image_size: int = 28  # H and W, in pixels
+    classes: tuple = tuple("0123456789")  # the names of the classes; y is an index into them
+    # The diffusion process and the network.
+    timesteps: int = 1000  # T
+    schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
+    channels: tuple = (32, 64, 128, 256)  # of the U-Net, one number for each size of the image (section 3)
+    prediction: str = "v"  # what the last layer gives out; the network turns it into ε_θ (section 3)
+    # The training.
+    epochs: int = 30  # passes over the training images
+    batch_size: int = 128  # images in a step, B
+    lr: float = 2e-3  # the peak of the learning rate (section 9)
+    class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
+    ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
+    seed: int = 0  # of the random numbers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # 1. The noise schedule
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 #
 # Noise is added in T small steps. Step t shrinks the image a little and adds Gaussian noise of variance β_t:
 #
 #     Eq. 2:  q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)
 #
-# The factor √(1-β_t) keeps the variance from growing: if x_{t-1} has variance 1, x_t has (1-β_t) + β_t = 1. So
-# the network's input has about the same scale at every t.
+# The factor √(1-β_t) keeps the variance from growing: if x_{t-1} has variance 1, then x_t has (1-β_t) + β_t = 1. So the
+# network's input has about the same scale at every t.
 #
-# Why must β be small? Because only then is the *reverse* of a step, from x_t to x_{t-1}, close to a Gaussian too, and a
-# Gaussian is what the sampler draws from. A big step backwards would have to choose between different images; a small
-# one only has to nudge.
+# Why must β_t be small? Sampling has to reverse these steps. The reverse of a small step is close to a Gaussian, which
+# is easy to draw from; the reverse of a large step is not. A large step backwards would have to choose between
+# different images, a small one only has to nudge.
 #
-# What a schedule must achieve is best seen in ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t: the share of the image's
-# variance that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. At the end √ᾱ_T
-# must be close to 0, because sampling starts from pure noise: any signal that x_T still held during training would be
-# missing when sampling. With the linear schedule and T = 1000, √ᾱ_T is 0.006.
+# The quantity to watch is ᾱ_t, the product of all α_s = 1 - β_s up to s = t. It is the share of the image's variance
+# that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. Sampling starts from pure
+# noise, which holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and
+# T = 1000, √ᾱ_T is 0.006.
 
-
-SCHEDULES = ["linear", "cosine"]
+SCHEDULES = ("linear", "cosine")
 
 
 def beta_schedule(schedule, timesteps):
-    """The variance of the noise that each step adds.
+    """The variance of the noise that each step adds: betas (T,), float64, in (0, 0.999].
 
     schedule is "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672, Eq. 17);
-    timesteps is T, which should be well above 20: up to there, some β of "linear" reach 1 and are cut. Returns
-    betas (T,) in (0, 0.999], in float64, since ᾱ is a long product and the precision costs nothing. Raises UserError
-    for another name.
+    timesteps is T. Raises ValueError for any other name.
     """
     if schedule == "linear":
-        # From 0.0001 to 0.02 when T is 1000. Fewer steps have to be bigger ones, or signal would be left in x_T.
+        # From 0.0001 to 0.02 for T = 1000. Fewer steps have to be larger, or x_T would still show the image.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
-        # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + s) / (1 + s) · π/2),  s = 0.008,  and β_t = 1 - ᾱ_t / ᾱ_{t-1}.
-        # ᾱ falls more evenly than with the linear schedule, whose last steps see hardly anything but noise. The offset
-        # s keeps the noise of the first steps from being so tiny that it cannot be predicted.
-        s = 0.008
+        # ᾱ falls more evenly than with the linear schedule. The offset 0.008 keeps the noise of the first steps from
+        # being too faint to predict.
+        # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
         t_over_T = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-        f = torch.cos((t_over_T + s) / (1 + s) * math.pi / 2) ** 2  # (T+1,)
+        f = torch.cos((t_over_T + 0.008) / (1 + 0.008) * math.pi / 2) ** 2  # (T+1,)
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
-        raise UserError(f"no schedule is called {schedule!r}: choose {' or '.join(SCHEDULES)}")
-    # As Nichol & Dhariwal: at β = 1 nothing of the image would be left, and sampling would divide by zero.
+        raise ValueError(f"no schedule is called {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    # β = 1 would erase the image, and sampling would divide by ᾱ = 0. Nichol & Dhariwal limit β in the same way.
     return betas.clamp(max=0.999)
 
 
 def cumulative_alphas(config):
-    """ᾱ_t of all steps of a model with this config ("schedule", "timesteps"): (T,) in float64, falling to almost 0."""
-    return torch.cumprod(1 - beta_schedule(config["schedule"], config["timesteps"]), dim=0)
+    """ᾱ_t for all t: alphas_cumprod (T,), float64, falling from almost 1 to almost 0."""
+    alphas = 1 - beta_schedule(config.schedule, config.timesteps)
+    return torch.cumprod(alphas, dim=0)
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # 2. The forward process: from image to noise
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# To train the network at step t, one needs x_t. Going there step by step would take t draws of noise. But a sum of
-# independent Gaussians is Gaussian again, so t steps of Eq. 2 collapse into one. Two of them, for example:
+# To train the network at step t, one needs x_t. Adding the noise step by step would take t draws. But a sum of
+# independent Gaussians is a Gaussian, so t steps of Eq. 2 collapse into one. Two steps, for example:
 #
-#     x_2 = √α_2 x_1 + √β_2 ε_2 = √α_2 (√α_1 x_0 + √β_1 ε_1) + √β_2 ε_2 = √(α_2 α_1) x_0 + √(α_2 β_1) ε_1 + √β_2 ε_2
+#     x_2 = √α_2 x_1 + √β_2 ε_2
+#         = √α_2 (√α_1 x_0 + √β_1 ε_1) + √β_2 ε_2
+#         = √(α_2 α_1) x_0 + √(α_2 β_1) ε_1 + √β_2 ε_2
 #
-# The variances of the two noises add up to α_2 β_1 + β_2 = α_2 (1-α_1) + (1-α_2) = 1 - α_2 α_1. So one draw with that
-# variance does the same; and so on for t steps, with ᾱ_t in place of α_2 α_1. Training at any t is cheap.
+# The variances of the two noise terms add up to α_2 β_1 + β_2 = α_2 (1-α_1) + (1-α_2) = 1 - α_2 α_1. So one draw with
+# that variance does the same. Repeat the argument, and t steps need one draw of variance 1-ᾱ_t.
 
 
 def q_sample(x_0, t, eps, alphas_cumprod):
@@ -167,14 +143,13 @@ def q_sample(x_0, t, eps, alphas_cumprod):
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
 
 
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 # 3. The network: a U-Net that predicts the noise
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# Input: a noisy image, the step t, the class y. Output: the noise in it, of the same shape. For that the network needs
-# both the whole (is this going to be a three?) and every single pixel. The way down halves the image and doubles the
-# channels, to see the whole; the way up returns to full size; and at each size a skip connection hands the details
-# across.
+# Input: a noisy image, the step t and the class y. Output: the noise in the image. The network needs to see the whole
+# (is this going to be a three?) and every single pixel. On the way down, it halves the image and doubles the channels,
+# to see the whole. On the way up, it returns to full size. At each size, a skip connection hands the details across.
 #
 #     x_t (1, 28, 28)                                                             eps_hat (1, 28, 28)
 #         │ conv_in                                                                     ▲ conv_out
@@ -188,29 +163,32 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         │                                                                             ▲
 #         └──────────── middle_in (residual) ── attention ── middle_out (residual) ─────┘
 #
-# Time and class enter every residual block: what counts as noise in x_t depends on both. Channels are normalized in
-# groups, image by image (GroupNorm), and not over the batch: a batch mixes images with little and with much noise, and
-# its statistics would depend on which t happen to be in it. Between the layers stands SiLU, x · sigmoid(x), a smooth
-# relative of ReLU.
+# The encoder, the decoder and the middle consist of residual blocks, and t and y enter each of them: what counts as
+# noise in x_t depends on both. The activation is SiLU(x) = x · sigmoid(x), a smooth relative of ReLU.
 
 
 def timestep_embedding(t, dim):
-    """Sinusoidal embedding of the step (Vaswani et al. 2017, section 3.5; used for t by Ho et al. 2020).
+    """Sinusoidal embedding of the step (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 
-    t (B,); dim is even. Returns (B, dim), values in [-1, 1], all cosines before all sines. It works like the hands of a
-    clock: high frequencies tell neighbouring steps apart, low ones say whether it is early or late.
+    t (B,) integers; dim is even. Returns (B, dim), with values in [-1, 1]: all cosines, then all sines.
+
+    A single number t/T would be a poor input: neighbouring steps would differ by 0.001, and a layer that multiplies and
+    adds could hardly treat them differently. Sines and cosines work like the hands of a clock: the fast ones tell
+    neighbouring steps apart, the slow ones tell early from late.
     """
-    freqs = torch.exp(-math.log(10000) * torch.arange(0, dim, 2, device=t.device) / dim)  # (dim/2,) 1 to about 1/10000
-    args = t[:, None] * freqs[None, :]  # (B, dim/2)
-    return torch.cat([args.cos(), args.sin()], dim=1)  # (B, dim)
+    exponents = torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim
+    freqs = torch.exp(-math.log(10000) * exponents)  # (dim/2,), from 1 down to about 1/10000
+    angles = t[:, None] * freqs[None, :]  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, dim)
 
 
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    The last layer of every residual block and of the attention starts like this, so that at first the block passes its
-    input on, and learns what to add. So does conv_out: the first prediction is 0, and the first loss 1, the variance of
-    the noise.
+    It is used for the last layer of each residual branch. The branch then adds nothing at first, so a block whose
+    shortcut is the identity begins as the identity: signals and gradients pass through undisturbed, however many blocks
+    there are, and each block learns what to add. This holds for the encoder, the middle and the attention. A decoder
+    block, which has to reduce its channels, begins as its 1x1 convolution instead.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -218,16 +196,20 @@ def zero_init(layer):
 
 
 def group_norm(channels):
-    """Group normalization in eight groups, or in the largest of 4, 2 and 1 that divides the channels."""
+    """Group normalization with eight groups, or with 4, 2 or 1 where eight do not divide the channels.
+
+    Unlike BatchNorm, it normalizes each image by itself. A batch mixes images with little and with much noise, and its
+    statistics would depend on which t happen to be in it.
+    """
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions whose result is added to their input; time and class act between the two.
+    """Two convolutions whose result is added to their input. Time and class act between the two.
 
-    One nn.Linear projects the time, another one the class, each to a scale and a shift for every channel: the adaptive
-    group norm of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). It can say: at this noise level, for this digit,
-    turn this feature up and that one off.
+    One nn.Linear projects the time, another one the class. Their sum is a scale and a shift for each channel: the
+    adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has projections of
+    its own, so it can turn other features up and down than its neighbours, at this noise level and for this digit.
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
@@ -245,18 +227,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x, t_emb, y_emb):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
-        # Both (B, out, 1, 1):
-        scale, shift = (self.time_proj(t_emb) + self.class_proj(y_emb))[:, :, None, None].chunk(2, dim=1)
+        scale_and_shift = self.time_proj(t_emb) + self.class_proj(y_emb)  # (B, 2·out)
+        scale, shift = scale_and_shift[:, :, None, None].chunk(2, dim=1)  # each (B, out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift  # 1 + scale, so that 0 means no change
         h = self.conv2(F.silu(h))
         return self.shortcut(x) + h
 
 
 class Attention(nn.Module):
-    """Self-attention: every position looks at all the others and gathers what it finds there (Vaswani et al. 2017).
+    """Self-attention: each position looks at all others and gathers what it finds there (Vaswani et al. 2017).
 
-    A 3x3 convolution sees neighbouring positions only. Here at the bottom, where the image is 4x4, sixteen positions
-    can agree in one step on what the whole is to become; at 28x28 the same would take 784² comparisons.
+    A 3x3 convolution sees neighbouring positions only; attention sees all of them at once. Its cost grows with the
+    square of their number. At the bottom, where the image is 4x4, that is 16² comparisons; at 28x28 it would be 784².
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -270,33 +252,41 @@ class Attention(nn.Module):
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C): a sequence of positions
         q, k, v = self.qkv(h).chunk(3, dim=2)  # each (B, H·W, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v, (B, H·W, C)
-        return x + self.out(h).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v: (B, H·W, C)
+        h = self.out(h).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
+        return x + h
+
+
+# What the last layer predicts. At large t, x_t is almost pure noise, so x_t itself is almost the answer, and a network
+# that starts from nothing spends its effort on copying it. So let the last layer predict the rest, and let the network
+# add a fixed share of x_t. The natural choice is v (Salimans & Ho 2022, arXiv 2202.00512), and Eq. 4 gives ε from it:
+#
+#     v = √ᾱ_t ε - √(1-ᾱ_t) x_0        so        ε = √ᾱ_t v + √(1-ᾱ_t) x_t        and        x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+#
+# The last equation has no division. A network whose last layer predicts ε needs the one in Eq. 15, by √ᾱ_t, which
+# enlarges each error up to 160 times at large t (1 / 0.006). With v, an error keeps its size.
 
 
 class UNet(nn.Module):
-    """The noise prediction ε_θ(x_t, t, y).
+    """The noise prediction ε_θ(x_t, t, y), for a Config.
 
-    config is a dictionary of plain values: "channels" (one number for each size of the image), "image_channels",
-    "image_size" and "classes" (their names). It stays with the model as model.config, together with the options of its
-    training, of which sampling needs "schedule" and "timesteps", and goes into weights.pt, which is then enough to
-    rebuild the model. Raises UserError when the image is too small for so many sizes.
-
-    forward: x_t (B, C, H, W), t (B,) in 0..T-1, y (B,) in 0..len(classes) -> eps_hat (B, C, H, W).
+    forward: x_t (B, C, H, W), t (B,) in 0..T-1, y (B,) in 0..len(classes) -> eps_hat (B, C, H, W), float32.
     Class number len(classes) means "no class": one more row of the embedding, learned like the others.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        channels, image_size = config["channels"], config["image_size"]
-        if image_size <= 2 ** (len(channels) - 1):
-            raise UserError(f"{image_size} pixels halved {len(channels) - 1} times are too few: give fewer --channels")
+        self.no_class = len(config.classes)
+        # In float32, on the device of the weights; not part of a checkpoint, since it follows from the config.
+        self.register_buffer("alphas_cumprod", cumulative_alphas(config).float(), persistent=False)
+
+        channels = config.channels
         self.emb_dim = emb_dim = 4 * channels[0]  # D = 128
         self.time_mlp = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
-        self.class_emb = nn.Embedding(len(config["classes"]) + 1, emb_dim)  # the last row is "no class"
+        self.class_emb = nn.Embedding(len(config.classes) + 1, emb_dim)
 
-        self.conv_in = nn.Conv2d(config["image_channels"], channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
         self.encoder = nn.ModuleList([ResBlock(c, c, emb_dim) for c in channels])
         pairs = list(zip(channels[:-1], channels[1:]))  # (32, 64), (64, 128), (128, 256)
         self.downsample = nn.ModuleList([nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in pairs])
@@ -306,7 +296,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList([ResBlock(2 * c, c, emb_dim) for c in channels])
         self.upsample = nn.ModuleList([nn.Conv2d(wider, c, 1) for c, wider in pairs])
         self.norm_out = group_norm(channels[0])
-        self.conv_out = zero_init(nn.Conv2d(channels[0], config["image_channels"], 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(channels[0], config.image_channels, 3, padding=1))
 
     def forward(self, x_t, t, y):
         t_emb = self.time_mlp(timestep_embedding(t, self.emb_dim))  # (B, D)
@@ -314,8 +304,9 @@ class UNet(nn.Module):
 
         h = self.conv_in(x_t)  # (B, 32, 28, 28)
         skips = []
-        for downsample, block in zip([nn.Identity(), *self.downsample], self.encoder):
-            h = downsample(h)  # (B, 32, 28, 28), (B, 64, 14, 14), (B, 128, 7, 7), (B, 256, 4, 4)
+        for level, block in enumerate(self.encoder):
+            if level > 0:
+                h = self.downsample[level - 1](h)  # (B, 64, 14, 14), then (B, 128, 7, 7), then (B, 256, 4, 4)
             h = block(h, t_emb, y_emb)
             skips.append(h)
 
@@ -324,234 +315,545 @@ class UNet(nn.Module):
         h = self.middle_out(h, t_emb, y_emb)
 
         for level in reversed(range(len(self.decoder))):
-            h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4), (B, 256, 7, 7), (B, 128, 14, 14), (B, 64, 28, 28)
-            h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4), (B, 128, 7, 7), (B, 64, 14, 14), (B, 32, 28, 28)
+            h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4) first
+            h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4) first
             if level > 0:
-                # A 1x1 convolution and the copying of pixels commute, and on the small image the convolution is
-                # cheaper. The size comes from the skip, since 4 doubled would be 8 where 7 is wanted.
-                h = self.upsample[level - 1](h)  # (B, 128, 4, 4), (B, 64, 7, 7), (B, 32, 14, 14)
-                h = F.interpolate(h, size=skips[level - 1].shape[2:], mode="nearest")
+                # The 1x1 convolution comes first, since it is cheaper on the small image and the order does not matter.
+                h = self.upsample[level - 1](h)  # (B, 128, 4, 4) first
+                # The size comes from the skip: 4 doubled would be 8, but 7 is needed.
+                h = F.interpolate(h, size=skips[level - 1].shape[2:], mode="nearest")  # (B, 128, 7, 7) first
 
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, 28, 28)
+        v = self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, 28, 28)
+        alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
+        # Eq. 4 and the definition of v: ε_θ = √ᾱ_t v + √(1-ᾱ_t) x_t
+        return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
 
-# ======================================================================================================================
-# 4. The training objective (Algorithm 1)
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The training objective and Algorithm 1
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# In theory the network should make the training images likely. A bound of the log-likelihood is a sum of terms, one for
-# each step and one for x_T. With fixed variances, all but the first and the last are a weighted squared error between
-# the noise and its prediction (Eq. 12). Ho et al. drop the weights, which are largest where t is small and the noise
-# tiny: compared with the bound, the simple loss cares more about larger t, where there is more to decide, and its
-# images are better. Instead of the sum over t, one random t per image:
+# In theory, the network should make the training images likely. A bound on their log-likelihood is a sum over the
+# steps, and almost all of its terms are a weighted squared error between the noise and its prediction (Eq. 12). Ho et
+# al. drop the weights, which are largest at small t. The simple loss cares more about larger t, where there is more to
+# decide, and they report better images with it. The sum over t becomes one random t for each image:
 #
-#     Algorithm 1:  repeat   x_0 from the data,  t ~ Uniform,  ε ~ N(0, I)
-#                            a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
+#     Algorithm 1:  repeat
+#                     x_0 ~ q(x_0),  t ~ Uniform(1, ..., T),  ε ~ N(0, I)
+#                     take a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
-# Why predict ε and not x_0? Either follows from the other by Eq. 4, and the squared error of ε is then ᾱ_t/(1-ᾱ_t)
-# times that of x_0. So a loss of x_0 would care about large t far more still, where nobody could know x_0. Ho et al.
-# report worse images when x_0 is predicted (section 3.2).
+# What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is the mean
+# of all ε that are possible given x_t. By Eq. 4 it implies the mean of all x_0 that are possible given x_t. At small t
+# that is one image; at large t, where x_t could be almost any digit, it is a blur.
 #
-# Why are labels sometimes dropped? With the class replaced by "no class" for a tenth of the images, one network learns
-# two predictions: for a given digit, and for digits in general. Section 5 needs their difference to make a digit more
-# like the one asked for (Ho & Salimans 2022, arXiv 2207.12598, Algorithm 1). Labels are dropped here, in the loss, and
-# not inside the network: sampling must never drop one.
+# The weight 1/√ᾱ_t. With section 3, ε - ε_θ = √ᾱ_t (v - v_θ), where v_θ is what the last layer predicts. So L_simple is
+# a loss of v with the weight ᾱ_t, which all but ignores large t, where the digit is decided. The loss of v itself would
+# be L_simple with the weight 1/ᾱ_t. We take the geometric mean of the two weights, 1 and 1/ᾱ_t: it gave the best images
+# of the three (README, "How it differs from the paper").
+#
+# Why are labels dropped? For a tenth of the images, the class is replaced by "no class". The network then learns two
+# predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
+# 2207.12598, Algorithm 1). Labels are dropped in the loss and not inside the network, as sampling must never drop one.
 
 
-def ddpm_loss(model, x_0, y, alphas_cumprod, class_dropout=0.1, t_range=None):
-    """The loss of one batch, L_simple (Ho et al. 2020, Eq. 14).
+def ddpm_loss(model, x_0, y, class_dropout=0.1):
+    """The loss of one batch in Algorithm 1: L_simple (Ho et al. 2020, Eq. 14), weighted by 1/√ᾱ_t.
 
-    x_0 (B, C, H, W) in [-1, 1]; y (B,) classes; alphas_cumprod (T,) in float32; class_dropout in [0, 1] is the share of
-    labels that are replaced by "no class"; t_range (low, high) limits t to low..high-1, to see where the loss comes
-    from. Returns a scalar: the mean over all pixels, about 1 for a network that predicts 0.
+    x_0 (B, C, H, W) in [-1, 1]; y (B,) classes; class_dropout in [0, 1] is the share of labels that are replaced by "no
+    class". Returns a scalar.
     """
     B, device = len(x_0), x_0.device
-    low, high = t_range or (0, len(alphas_cumprod))
-    t = torch.randint(low, high, (B,), device=device)  # uniform
+    t = torch.randint(0, model.config.timesteps, (B,), device=device)  # (B,), uniform
     eps = torch.randn_like(x_0)
-    y = torch.where(torch.rand(B, device=device) < class_dropout, len(model.config["classes"]), y)
-    eps_hat = model(q_sample(x_0, t, eps, alphas_cumprod), t, y)
-    # Eq. 14, divided by the number of pixels: L_simple = E ‖ε - ε_θ(x_t, t, y)‖²
-    return F.mse_loss(eps, eps_hat.float())  # in float32, whatever the network calculates in
+    x_t = q_sample(x_0, t, eps, model.alphas_cumprod)
+    dropped = torch.rand(B, device=device) < class_dropout  # (B,)
+    y = torch.where(dropped, model.no_class, y)
+    eps_hat = model(x_t, t, y)
+    # Eq. 14: L_simple = E ‖ε - ε_θ(x_t, t, y)‖², here divided by the number of pixels
+    loss = (eps - eps_hat).square().mean(dim=(1, 2, 3))  # (B,)
+    weight = 1 / model.alphas_cumprod[t].sqrt()  # (B,)
+    return (weight * loss).mean()
 
 
-# ======================================================================================================================
-# 5. Sampling: from noise to image
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Sampling: Algorithm 2
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# Everything goes through x̂_0. If the network says that the noise in x_t is ε_θ, then Eq. 4, solved for x_0, says which
-# clean image that implies (Eq. 15). At large t this image is a blur, the mean of all that x_t could have come from.
-# So do not jump there: take one step towards it, ask again, and the blur gets sharper from step to step.
+# The way back, from x_t to x_{t-1}. If x_0 were known, x_{t-1} would follow a Gaussian, which Bayes' theorem gives. As
+# a function of x_{t-1}, up to factors without it,
 #
-# How far to step, and how much fresh noise to add? Here are two rules, and the loop below can use either.
+#     q(x_{t-1} | x_t, x_0)  ∝  q(x_t | x_{t-1})                             times  q(x_{t-1} | x_0)
+#     by Eq. 2 and Eq. 4        a bell at x_t / √α_t, variance β_t / α_t            a bell at √ᾱ_{t-1} x_0, variance 1-ᾱ_{t-1}
 #
-# Ho's rule. If x_0 were known, then x_{t-1} given x_t would be a Gaussian, q(x_{t-1} | x_t, x_0), that Bayes' theorem
-# gives exactly (Eq. 6 and 7). It is not known, so x̂_0 takes its place. The mean then equals Eq. 11 of the paper, which
-# says the same in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (unless x̂_0 is clipped, as in the loop below). Ho's
-# rule is Algorithm 2: T steps, with fresh noise in each but the last. Of the variances β_t and β̃_t that the paper
-# tries, Eq. 6 has the second.
+# The product of two Gaussian bells is a bell. Their inverse variances add up, and its mean is the mean of the two,
+# weighted by their inverse variances:
 #
-# Song's rule (DDIM, arXiv 2010.02502). Training only ever looked at q(x_t | x_0), never at how one gets from x_t to
-# x_{t-1}. So any rule is allowed that keeps each x_t at its noise level: take x̂_0 and noise it again to the lower
-# level, with fresh noise scaled by η and the predicted noise for the rest. With η = 1 it is Ho's rule again, written
-# differently; Ho's rule has a function of its own so that Algorithm 2 can be read with the paper. With η = 0 no step is
-# random, and 50 steps do instead of 1000: section 1 wanted small steps so that each is a Gaussian, but without
-# randomness the steps follow one smooth curve, and that can be done in long steps.
+#     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))                       using ᾱ_t = α_t ᾱ_{t-1}
+#     μ̃_t = β̃_t (α_t / β_t · x_t / √α_t + 1 / (1-ᾱ_{t-1}) · √ᾱ_{t-1} x_0)                        which is Eq. 7, below
+#
+# But x_0 is not known. The network's ε_θ implies an estimate of it, x̂_0 (Eq. 15), and x̂_0 takes its place. It is a mean,
+# and at large t a blur. It may stand in for x_0 because it only has to be right for one small step, in which x_0 has
+# little weight; then the network looks again. With x̂_0, the mean μ̃_t equals Eq. 11, which the paper's Algorithm 2 has:
+# (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t. The code prefers x̂_0, since it can be clipped to [-1, 1].
+#
+# Two variances. β̃_t is right if the data is a single image, which is then known; β_t if the data is standard normal,
+# which is as little as can be known. Ho et al. tried both and found the results alike (section 3.2); this is β̃_t. In the
+# last step, β̃_t is 0 while β_t has a standard deviation of 0.01, close to the step between two grey values (2/255).
 
 
-def posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev):
+def predict_x_0(x_t, eps_hat, alpha_bar):
+    """The clean image that x_t and its predicted noise imply, clipped to [-1, 1]: x_0_hat (Ho et al. 2020, Eq. 15).
+
+    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). Without clipping, errors of the network can carry
+    the estimate outside of [-1, 1], where no image lies, and from step to step further out.
+    """
+    # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
+    x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
+    return x_0_hat.clamp(-1, 1)
+
+
+def posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Mean and standard deviation of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 6 and 7).
 
-    x_0_hat and x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t < 1 and ᾱ_{t-1} > ᾱ_t, floats. When steps are
-    left out, "t-1" is the step one goes to, and α_t is ᾱ_t / ᾱ_{t-1} all the same. Returns (mean, sigma).
+    x_0, x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t < 1 and ᾱ_{t-1} > ᾱ_t, floats. Returns a tensor like x_0
+    and a float.
     """
-    alpha, beta = alpha_bar / alpha_bar_prev, 1 - alpha_bar / alpha_bar_prev
-    # Eq. 7: μ̃_t(x_t, x_0) = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
-    mean_x_0 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar) * x_0_hat
-    mean_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar) * x_t
-    # Eq. 7: β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t. In the last step it is 0: Algorithm 2 adds no noise to the final image.
-    return mean_x_0 + mean_x_t, math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * beta)
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    # Eq. 7: μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
+    weight_of_x_0 = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)
+    weight_of_x_t = math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    mean = weight_of_x_0 * x_0 + weight_of_x_t * x_t
+    # Eq. 7: β̃_t = (1-ᾱ_{t-1}) / (1-ᾱ_t) β_t
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+    return mean, math.sqrt(variance)
 
 
-def ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta):
-    """Mean and standard deviation of a DDIM step (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ).
+@torch.no_grad()
+def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
+    """Algorithm 2 of Ho et al. 2020, with the class y: a generator that yields (x_{t-1}, x_0_hat) after each step.
 
-    Arguments as in posterior_step; eps_hat (B, C, H, W) is the noise that goes with x_0_hat; eta in [0, 1]. Returns
-    (mean, sigma).
+    model is a UNet, or any function from (x_t, t, y) to eps_hat; x_T (B, C, H, W) is standard normal; y (B,);
+    alphas_cumprod (T,) in float64; randn_like(x) returns standard normal noise like x. The last pair has x_0, the image.
     """
-    # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1})
-    sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
-    # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z, with fresh noise z
-    mean = math.sqrt(alpha_bar_prev) * x_0_hat + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps_hat
-    return mean, sigma
+    alpha_bars = alphas_cumprod.tolist()
+    x_t = x_T
+    for t in reversed(range(len(alpha_bars))):
+        alpha_bar = alpha_bars[t]
+        alpha_bar_prev = alpha_bars[t - 1] if t > 0 else 1.0
+        eps_hat = model(x_t, torch.full_like(y, t), y)
+        x_0_hat = predict_x_0(x_t, eps_hat, alpha_bar)
+        mean, sigma = posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
+        z = randn_like(x_t) if t > 0 else torch.zeros_like(x_t)
+        x_t = mean + sigma * z
+        yield x_t, x_0_hat
 
 
-# Guidance. Asked for a four, the network predicts noise whose removal leads to fours; asked for nothing, to digits. To
-# remove the difference of the two predictions leads from "a digit" to "a four", and to remove more of it than the
-# network asks for makes the four more of a four (Ho & Salimans 2022, Eq. 6, with S = 1 + w):
+# This is all of DDPM. You may stop here: the rest makes it faster, better and convenient. These lines train a model and
+# draw with it, given batches of images x_0 (B, C, H, W) in [-1, 1] and their classes y (B,), and nothing but Part One:
+#
+#     model = UNet(config)
+#     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+#     for x_0, y in batches:
+#         loss = ddpm_loss(model, x_0, y, config.class_dropout)
+#         optimizer.zero_grad()
+#         loss.backward()
+#         optimizer.step()
+#     x_T = torch.randn_like(x_0)
+#     for x_t, x_0_hat in ddpm_sampler(model, x_T, y, cumulative_alphas(config)):
+#         pass
+#
+# At the end, x_t holds an image for each class in y.
+
+# ======================================================================================================================
+# PART TWO: better images in fewer steps
+# ======================================================================================================================
+#
+# Each section builds on Part One and changes nothing in it.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. DDIM: fewer steps
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# Algorithm 2 asks the network 1000 times. DDIM (Song et al. 2020, arXiv 2010.02502) gets by with 20.
+#
+# Training only ever used q(x_t | x_0), the noise level at each t. It never asked how one gets from x_t to x_{t-1}. So
+# any update is allowed that keeps each x_t at its noise level, that is, with a total noise variance of 1-ᾱ_t. DDIM takes
+# x̂_0 and noises it again to the lower level. A part of that noise, with standard deviation σ_t, is fresh; the rest is the
+# predicted noise, reused. The variances of the two parts, σ_t² and 1-ᾱ_{t-1}-σ_t², add up as they must.
+#
+# η scales the fresh part. With η = 1 and all T steps, DDIM is Algorithm 2, written differently. With η = 0 no step is
+# random. Section 1 wanted small steps so that each reverse step is a Gaussian; without randomness there is nothing to
+# draw. The steps then follow a smooth curve, and a smooth curve can be followed in long steps.
+#
+# Long steps are also why the last one must add no noise: from the lowest level that 20 steps visit, noise with a
+# standard deviation of 0.08 would remain, which is easy to see.
+
+
+def visited_steps(T, steps):
+    """The t's that a sampler visits: steps + 1 integers, evenly spaced from T-1 (noise) down to -1 (the clean image).
+
+    For T = 1000 and 20 steps: 999, 949, ..., 49, -1. More than T steps are T steps.
+    """
+    return torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
+
+
+@torch.no_grad()
+def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch.randn_like):
+    """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler, with the same arguments.
+
+    steps >= 1 is the number of steps; eta in [0, 1] scales the fresh noise. In comments, t-1 is the next t visited.
+    """
+    visited = visited_steps(len(alphas_cumprod), steps)
+    alpha_bars = alphas_cumprod.tolist()
+    x_t = x_T
+    for t, t_prev in zip(visited[:-1], visited[1:]):
+        alpha_bar = alpha_bars[t]
+        alpha_bar_prev = alpha_bars[t_prev] if t_prev >= 0 else 1.0
+        eps_hat = model(x_t, torch.full_like(y, t), y)
+        x_0_hat = predict_x_0(x_t, eps_hat, alpha_bar)
+        # Clipping x̂_0 changes the noise that it implies. Eq. 4, solved for ε:
+        eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
+        # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1})
+        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
+        # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
+        mean = math.sqrt(alpha_bar_prev) * x_0_hat + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps_hat
+        x_t = mean + sigma * randn_like(x_t) if sigma > 0 else mean
+        yield x_t, x_0_hat
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Guidance, and drawing
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# The network gives two predictions, one for class y and one for "no class". Their difference points from "a digit" to
+# "a four". Guidance goes further along it (Ho & Salimans 2022, arXiv 2207.12598, Eq. 6, with S = 1 + w):
 #
 #     ε̂ = ε_θ(x_t, t, none) + S (ε_θ(x_t, t, y) - ε_θ(x_t, t, none))
 #
-# S = 0 ignores the class, 1 is the plain conditional prediction, above 1 trades variety for clarity. At the noisiest
-# steps that is a bad trade, because there it drives all samples to the same few shapes, and in the last steps, where
-# the digit has long been decided, it is of no use. So S above 1 applies only in an interval of t (Kynkäänniemi et al.
-# 2024, arXiv 2404.07724; the interval here is our own), and only there, or where S is below 1, is the network asked
-# twice.
+# S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The difference is, up to a factor, the gradient of
+# log p(y | x_t): guidance makes a four more clearly a four. So a classifier reads more of the images right. The price is
+# variety, since unusual fours are also less clearly fours, and the FID, which sees variety (section 12), first falls
+# because badly drawn digits become rare, and then rises. The README has the figures.
+#
+# Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They found that it harms
+# variety at the noisiest steps and hardly matters at the last ones. Elsewhere, one call of the network is enough.
 
-STEPS, GUIDANCE, GUIDANCE_INTERVAL = 50, 1.4, (0.2, 0.6)  # the defaults of sampling; the interval in shares of T
-
-
-def predict_noise(model, x_t, t, y, guidance):
-    """The guided prediction: x_t (B, C, H, W), t an integer, y (B,), guidance S >= 0 -> eps_hat (B, C, H, W)."""
-    t, none = torch.full_like(y, t), torch.full_like(y, len(model.config["classes"]))
-    if guidance == 1:
-        return model(x_t, t, y)
-    # Both predictions in one call, which is faster than two.
-    eps_cond, eps_uncond = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none])).chunk(2)
-    return eps_uncond + guidance * (eps_cond - eps_uncond)
+STEPS, GUIDANCE, GUIDANCE_INTERVAL = 20, 1.4, (0.2, 0.6)  # the defaults; the interval is in shares of T
 
 
-def trajectory(config, steps):
-    """The steps visited on the way from noise to image: a list of (t, ᾱ_t, ᾱ_{t-1}), "t-1" being the next one visited.
+def half_precision(device):
+    """A context in which the network computes in bfloat16, if the device has it in hardware.
 
-    They are evenly spaced from T-1, the noisiest, to -1, the clean image, whose ᾱ is 1: 999, 979, ..., 19, -1 for 50
-    steps of T = 1000. Asked for more than T steps, it takes T.
+    CUDA GPUs have it from Ampere on, CPUs with AVX512_BF16. Convolutions are faster in it. It has the range of float32
+    with 8 bits of precision; an error of v keeps its size in x_0_hat (section 3), so that is enough. Only the layers
+    compute in it: the last line of UNet.forward returns float32, and so the arithmetic of the samplers is in float32.
     """
-    T = config["timesteps"]
-    alpha_bars = [*cumulative_alphas(config).tolist(), 1.0]  # the 1 is alpha_bars[-1], of the clean image
-    visited = torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
-    return [(t, alpha_bars[t], alpha_bars[t_prev]) for t, t_prev in zip(visited, visited[1:])]
+    supported = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        supported = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.autocast(device.type, torch.bfloat16, enabled=supported)
 
 
-@torch.inference_mode()
-def sample(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
-           seeds=None, x_T=None, on_step=None):
-    """Draws an image for each label, by DDIM (Song et al. 2020) or, with eta 1, T steps and guidance 1, by Algorithm 2.
+def guided(model, scale, interval=GUIDANCE_INTERVAL):
+    """The guided prediction, as a function from (x_t, t, y) to eps_hat, for the samplers.
 
-    labels (N,) integers, a list or a tensor; steps >= 1 is how many of the T steps are visited; eta in [0, 1] scales
-    the fresh noise; guidance is S >= 0, but S above 1 counts as 1 while t/T lies outside guidance_interval; seeds
-    are N integers, 0..N-1 if left out. The noise of an image is drawn on the CPU, from a stream that its seed alone
-    determines, so the image is the same, up to rounding, in a batch of any size and on any device. If given, x_T (N or
-    1, C, H, W) is the noise to start from, and on_step(x_t, x_0_hat) is called in each step. Returns x_0 (N, C, H, W),
-    in [-1, 1].
+    scale is S >= 0. Where t/T lies outside interval (low, high), S is at most 1. All images of a batch have the same t.
     """
-    device = next(model.parameters()).device
-    T, C, size = (model.config[name] for name in ("timesteps", "image_channels", "image_size"))
+    low, high = interval
+
+    def eps_hat(x_t, t, y):
+        inside = low <= t[0].item() / model.config.timesteps <= high
+        S = scale if inside else min(scale, 1)
+        with half_precision(x_t.device):
+            if S == 1:
+                return model(x_t, t, y)
+            # Both predictions in one call, which is faster than two.
+            none = torch.full_like(y, model.no_class)
+            eps_both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none]))  # (2B, C, H, W)
+        eps_cond, eps_uncond = eps_both.chunk(2)
+        return eps_uncond + S * (eps_cond - eps_uncond)
+
+    return eps_hat
+
+
+def seeded_randn_like(seeds):
+    """A function like torch.randn_like, for batches of len(seeds) images, with a stream of random numbers for each.
+
+    The noise of an image then depends on its seed alone, and not on the batch that it is drawn in. It is drawn on the
+    CPU, since a GPU draws other numbers for the same seed.
+    """
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def randn_like(x):
+        noise = [torch.randn(x.shape[1:], generator=stream, dtype=x.dtype, device="cpu") for stream in streams]
+        return torch.stack(noise).to(x.device)
+
+    return randn_like
+
+
+def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
+                 seeds=None, x_T=None):  # fmt: skip
+    """Draws an image for each label: a generator that yields (x_t, x_0_hat) after each step; the last x_t is the image.
+
+    labels (N,) integers, a list or a tensor; steps >= 1; eta in [0, 1]; guidance is S >= 0, within guidance_interval,
+    shares of T; seeds are N integers, 0..N-1 by default; x_T (N or 1, C, H, W) is the noise to start from, by default
+    drawn from the seeds. With eta 1 and T steps this is Algorithm 2, else DDIM. Raises ValueError for labels that are
+    no class.
+    """
+    config = model.config
+    device = model.alphas_cumprod.device
     y = torch.as_tensor(labels, device=device)
-    streams = [torch.Generator().manual_seed(seed) for seed in (range(len(y)) if seeds is None else seeds)]
+    if y.min() < 0 or y.max() >= len(config.classes):
+        raise ValueError(f"labels {y.tolist()} are not all in 0..{len(config.classes) - 1}")
+    randn_like = seeded_randn_like(range(len(y)) if seeds is None else seeds)
+    if x_T is None:
+        shape = (len(y), config.image_channels, config.image_size, config.image_size)
+        x_T = randn_like(torch.empty(shape, dtype=torch.float32, device=device))
+    x_T = x_T.expand(len(y), -1, -1, -1)
+    predict = guided(model, guidance, guidance_interval)
+    if eta == 1 and steps >= config.timesteps:
+        return ddpm_sampler(predict, x_T, y, cumulative_alphas(config), randn_like)
+    return ddim_sampler(predict, x_T, y, cumulative_alphas(config), steps, eta, randn_like)
 
-    def standard_normal():
-        return torch.stack([torch.randn(C, size, size, generator=stream) for stream in streams]).to(device)
 
-    x_t = standard_normal() if x_T is None else x_T.expand(len(y), -1, -1, -1)
-    for t, alpha_bar, alpha_bar_prev in trajectory(model.config, steps):
-        inside = min(guidance_interval) <= t / T <= max(guidance_interval)
-        eps_hat = predict_noise(model, x_t, t, y, guidance if inside else min(guidance, 1))
-        # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
-        x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
-        # No image lies outside [-1, 1]. At large t, where Eq. 15 divides by almost 0, the estimate often does, and the
-        # error can grow from step to step. Clipping x̂_0 changes the noise that it implies: Eq. 4, solved for ε.
-        x_0_hat = x_0_hat.clamp(-1, 1)
-        eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
-        if on_step:
-            on_step(x_t, x_0_hat)
-        if eta == 1:
-            mean, sigma = posterior_step(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
-        else:
-            mean, sigma = ddim_step(x_0_hat, eps_hat, alpha_bar, alpha_bar_prev, eta)
-        x_t = mean + sigma * standard_normal() if sigma > 0 else mean
+def sample(model, labels, **options):
+    """The images of sample_steps, which has the same arguments: x_0 (N, C, H, W) in [-1, 1]."""
+    for x_t, _ in sample_steps(model, labels, **options):
+        pass
     return x_t
 
 
-# The loop backwards. With η = 0 nothing is random on the way from noise to image, so it can be walked in the other
-# direction too: to the noise that becomes a given image (Song et al. 2020, section 4.3). That noise holds what the
-# class does not say: slant and width of the digit, weight of the stroke. Sampled with another label, it gives another
-# digit in the same hand.
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Running backwards: your handwriting
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# It only works from an image with some noise in it. In a perfectly clean one the network rightly finds none, so there
-# is nothing to carry upwards, and the result is far from the pure noise that the sampler expects. So the first step is
-# one of Eq. 4, up to the lowest noise level that the sampler visits: with the defaults, a standard deviation of 0.08.
+# With η = 0 nothing is random on the way from noise to image. So it can be walked in the other direction too, from an
+# image to the noise that becomes it (Song et al. 2020, section 4.3). That noise holds what the class does not say: the
+# slant and the width of the digit, the weight of the stroke. Sampled with another label, it gives another digit in the
+# same hand.
+#
+# It takes an image with some noise in it. In a perfectly clean one the network finds no noise, so there is nothing to
+# carry upwards, and the result is far from the pure noise that a sampler expects. So the first step is one of Eq. 4.
+#
+# Inverting is unguided (S = 1): guidance changes the image on purpose, and would change it the other way on the way up.
+# Sampling unguided from the noise comes back to the image, nearly. Sampling guided draws the digit more clearly than
+# the image has it, which is what one wants of the new digits, so the sample command keeps its default there.
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def invert(model, x_0, labels, steps=STEPS):
-    """The noise x_T from which sample(model, labels, steps, eta=0, guidance=1, x_T=x_T) comes back to x_0, nearly.
+    """The noise x_T from which sample(model, labels, steps=steps, guidance=1, x_T=x_T) comes back to x_0, nearly.
 
-    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample. Returns x_T, like x_0.
+    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample_steps. Returns x_T, like x_0.
     """
     y = torch.as_tensor(labels, device=x_0.device)
-    (t, alpha_bar, _), *upwards = reversed(trajectory(model.config, steps))  # from little noise to much
-    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
+    alpha_bars = cumulative_alphas(model.config).tolist()
+    upwards = visited_steps(len(alpha_bars), steps)[-2::-1]  # 49, 99, ..., 999: from little noise to much
+    t = upwards[0]
+    eps = seeded_randn_like(range(len(y)))(x_0)
     # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
-    x_t = math.sqrt(alpha_bar) * x_0 + math.sqrt(1 - alpha_bar) * eps
-    for t_next, alpha_bar_next, _ in upwards:
+    x_t = math.sqrt(alpha_bars[t]) * x_0 + math.sqrt(1 - alpha_bars[t]) * eps
+    for t, t_next in zip(upwards[:-1], upwards[1:]):
         # On the way down this step begins at t_next, on the way up at t. Asked about the middle between the two, the
         # network leads back to x_0 more exactly than when it is asked about t.
-        eps_hat = predict_noise(model, x_t, (t + t_next) // 2, y, guidance=1)
-        # Eq. 15, and Eq. 4 at t_next: the same image and the same noise, at a higher noise level. Nothing is clipped:
-        # what is cut off would be missing on the way back.
-        x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
-        x_t = math.sqrt(alpha_bar_next) * x_0_hat + math.sqrt(1 - alpha_bar_next) * eps_hat
-        t, alpha_bar = t_next, alpha_bar_next
+        eps_hat = model(x_t, torch.full_like(y, (t + t_next) // 2), y)
+        # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is clipped, since what
+        # is cut off would be missing on the way back.
+        x_0_hat = (x_t - math.sqrt(1 - alpha_bars[t]) * eps_hat) / math.sqrt(alpha_bars[t])
+        x_t = math.sqrt(alpha_bars[t_next]) * x_0_hat + math.sqrt(1 - alpha_bars[t_next]) * eps_hat
     return x_t
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Training well
+# ----------------------------------------------------------------------------------------------------------------------
+#
+# One step of Algorithm 1 with five additions: a learning rate that rises and falls, an optimizer for convolutions, clipped
+# gradients, averaged weights and bfloat16. A trained loss hardly changes after the first epochs: most of it comes from
+# small t, where the noise is fainter than detail that nobody can predict. The images go on improving all the same,
+# because they are decided at larger t, where the loss is far smaller.
+#
+# The learning rate rises during the first steps, while the optimizers' averages of the gradient are still unreliable. It
+# then falls along half a cosine to zero, so that the weights come to rest. It follows from the number of the step, so a
+# resumed run goes on where the curve was.
+#
+# Gradients are clipped to length 1, so that one unlucky batch cannot dominate the optimizers' averages.
+#
+# The weights for sampling are an exponential moving average (EMA) of the trained weights. Each step sees one batch with
+# random t and noise, so the weights jitter from step to step; their average does not. At first the average is kept
+# short, or it would remember the random first weights for thousands of steps.
+
+
+def learning_rate(step, total_steps):
+    """The learning rate as a share of its peak: a linear warm-up, then half a cosine down to 0 at total_steps."""
+    warmup = min(500, max(1, total_steps // 20))
+    if step < warmup:
+        return (step + 1) / warmup
+    decayed = (step - warmup) / max(1, total_steps - warmup)  # 0..1
+    return 0.5 * (1 + math.cos(math.pi * decayed))
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrix is made orthogonal.
+
+    The gradient of a weight matrix is dominated by a few directions, and AdamW, which scales each number by itself,
+    follows them. Muon gives all directions the same length: it replaces the singular values of the momentum matrix by
+    about 1. The weight of a convolution is such a matrix, (out, in·height·width).
+
+    params: tensors of two or more dimensions; lr: the length of each direction in a step.
+    """
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "peak_lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                state["momentum"].lerp_(weight.grad, 0.05)
+                update = weight.grad.lerp(state["momentum"], 0.95)  # Nesterov's momentum
+                weight.sub_(orthogonalized(update.flatten(1)).view_as(weight), alpha=group["lr"])
+
+
+def orthogonalized(matrix):
+    """The matrix with its singular values replaced by about 1 (0.7 to 1.2): five steps of a Newton-Schulz iteration.
+
+    Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has their cubes.
+    It pushes those in (0, 1] towards 1. The coefficients are Jordan's. The multiplications are in bfloat16.
+    """
+    X = (matrix / (matrix.norm() + 1e-7)).bfloat16()  # no singular value is above 1; a gradient can be 0
+    for _ in range(5):
+        A = X @ X.T
+        B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)  # -4.7750 A + 2.0315 A A
+        X = torch.addmm(X, B, X, beta=3.4445)  # 3.4445 X + B X
+    return X
+
+
+def make_optimizers(model):
+    """Muon for the convolutions, except the first and the last; AdamW for everything else. Returns a list of the two."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        inner = weight.ndim == 4 and not name.startswith(("conv_in", "conv_out"))
+        (matrices if inner else others).append(weight)
+    lr = model.config.lr
+    adamw = torch.optim.AdamW([{"params": others, "peak_lr": lr}], lr=lr, fused=True)
+    return [Muon(matrices, lr=10 * lr), adamw]
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """Moves the averaged weights a little towards the trained ones: ema = d · ema + (1-d) · model."""
+    d = min(decay, (1 + step) / (10 + step))
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight, 1 - d)
+
+
+def train_step(model, ema, optimizers, x_0, y, step, total_steps):
+    """One step of Algorithm 1 at that step's learning rate; then the averaged weights, ema, follow.
+
+    x_0 (B, C, H, W) in [-1, 1]; y (B,); step in 0..total_steps-1. Returns the loss, a scalar tensor.
+    """
+    with half_precision(x_0.device):
+        loss = ddpm_loss(model, x_0, y, model.config.class_dropout)
+    loss.backward()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate(step, total_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    update_ema(ema, model, step, model.config.ema_decay)
+    return loss.detach()
+
+
 # ======================================================================================================================
-# 6. Data, checkpoints, images
+# PART THREE: the program
 # ======================================================================================================================
 #
-# What is read and written.
+# What surrounds the model: files, runs, measurements and commands. Nothing in it is needed to understand diffusion.
+
+import argparse
+import copy
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import zlib
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps, ImageStat
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+BATCH = 256  # images that are drawn, or judged, at once
+SAY_EVERY, SAVE_EVERY = 20, 300  # seconds between lines of progress, and between saves of a run
+
+
+class UserError(ValueError):
+    """Something that the user can put right. The message says what is wrong and what to do; main prints just that."""
+
+
+@contextmanager
+def explained(message):
+    """with explained("cannot read it"): whatever goes wrong inside, with files or other processes, becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{message} ({reason})") from error
+
+
+def say(text, stream=None):
+    """Prints a line for a command, to stdout by default. Whatever is wrong with stdout, the work goes on."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:  # the code page lacks a character
+        say(ascii(text), stream)
+    except Exception:  # closed, full or odd
+        with suppress(Exception):  # What is still in its buffer would fail again when Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Data, checkpoints, images
+# ----------------------------------------------------------------------------------------------------------------------
 #
 # Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero as the noise is. The
-# whole set stays on the device as bytes (MNIST: 47 MB), and a batch is an index away: there is no loader to wait for.
+# whole set stays on the device as bytes (MNIST: 47 MB), so a batch is an index away and there is no loader to wait for.
+# A data set of 3x32x32 images, CIFAR-10 for example, changes only the Config: conv_in and conv_out have three image
+# channels, and the sizes in the U-Net are 32, 16, 8 and 4.
 
-CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot".split(", ")
-THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck".split(", ")
+
+@dataclass
+class Dataset:
+    """Where a data set comes from, and what a model has to know of its images, which are square."""
+
+    torchvision_name: str  # a class of torchvision.datasets that takes root, train and download
+    folder: str  # where that class looks for its files, in --data-dir
+    files: str  # what it looks for
+    image_channels: int
+    image_size: int
+    classes: tuple  # their names
+
+
 IDX = "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-DATASETS = {  # name: torchvision's class, the folder and the names of its files, what a model has to know of its images
-    "mnist": ("MNIST", "MNIST/raw", IDX, dict(image_channels=1, image_size=28, classes=list("0123456789"))),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST/raw", IDX, dict(image_channels=1, image_size=28, classes=CLOTHES)),
-    "cifar10": ("CIFAR10", "", "cifar-10-python.tar.gz", dict(image_channels=3, image_size=32, classes=THINGS)),
+CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DATASETS = {
+    "mnist": Dataset("MNIST", "MNIST/raw", IDX, 1, 28, tuple("0123456789")),
+    "fashion-mnist": Dataset("FashionMNIST", "FashionMNIST/raw", IDX, 1, 28, CLOTHES),
+    "cifar10": Dataset("CIFAR10", "", "cifar-10-python.tar.gz", 3, 32, THINGS),
 }
 
 
@@ -560,77 +862,93 @@ def load_dataset(name, data_dir, train=True):
 
     Returns images (N, C, H, W) uint8 and labels (N,) int64, on the CPU. Raises UserError when it cannot be had or read.
     """
-    class_name, folder, files, config = DATASETS[name]
-    dataset_class = getattr(torchvision.datasets, class_name)
-    url = getattr(dataset_class, "url", None) or dataset_class.mirrors[0]
-    C, size, classes = (config[key] for key in ("image_channels", "image_size", "classes"))
-    with explained(f"cannot download or read {name}: put {files} from {url} into {Path(data_dir, folder)}"):
-        dataset = dataset_class(data_dir, train=train, download=True)
+    source = DATASETS[name]
+    timeout = socket.getdefaulttimeout()
+    with explained(f"cannot read or download {name}: put {source.files} into {Path(data_dir, source.folder)}"):
+        import torchvision  # not above, since it takes as long to import as torch, and sampling needs none of it
+
+        dataset_class = getattr(torchvision.datasets, source.torchvision_name)
+        socket.setdefaulttimeout(30)  # seconds; torchvision would wait forever
+        try:
+            with redirect_stdout(io.StringIO()):
+                dataset = dataset_class(data_dir, train=train, download=True)
+        finally:
+            socket.setdefaulttimeout(timeout)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         # (N, H, W) if grey, (N, H, W, 3) if in colour
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        if images.shape != (len(labels), C, size, size) or not 0 <= labels.min() <= labels.max() < len(classes):
+        shape = (len(labels), source.image_channels, source.image_size, source.image_size)
+        if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(source.classes):
             raise ValueError(f"images {tuple(images.shape)} and {len(labels)} labels do not fit each other or the set")
     return images.contiguous(), labels
 
 
-# Checkpoints. A run leaves two files to be loaded. weights.pt is for sampling: the averaged weights (section 7) in
-# half precision and the configuration, so that nothing else is needed to load it. checkpoint.pt is for resuming:
-# whatever the next step of training depends on. Both hold tensors and plain values only, and are read with
-# weights_only=True: a pickle could run any program. The classifier of section 8 is kept in the same way.
+# Files. A run leaves two files to be loaded. weights.pt is for sampling: the averaged weights in half precision, and the
+# Config. checkpoint.pt is for resuming, and each of its parts is missed if it is not there: without the optimizers'
+# averages, the next steps have wrong directions and lengths; without the trained weights, training goes on from the
+# averaged ones; without the averaged weights, the average starts anew; without the number of the step, the learning rate
+# and the order of the images start anew. Both files hold tensors and plain values and are read with weights_only=True,
+# since a pickle can run any program.
 
-ASSETS = Path(__file__).parent / "assets"
-FORMAT = 1  # a version number in every file, so that an older program can refuse a newer file
+FORMAT = 2  # in each file, so that another edition of this program can refuse it
+
+
+@contextmanager
+def replacing(path):
+    """with replacing(path) as temporary: write that file. Then it becomes path, which is never half written."""
+    temporary = path.with_suffix(".partial" + path.suffix)
+    try:
+        with explained(f"cannot write {path}"):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk, not just on its way there, before the old file is given up
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save(contents, path):
-    """Writes a checkpoint to a temporary file beside path, then renames it: path holds the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with explained(f"cannot write {path}; is the disk full?"), open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **contents}, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk, not just on its way there, before the old file is given up
-    os.replace(temporary, path)
+    """Writes a dictionary of tensors and plain values. Raises UserError."""
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, **contents}, temporary)
 
 
 def load(path):
     """Reads what save wrote, onto the CPU. Raises UserError when that is not possible, or path is something else."""
-    with explained(f"cannot read {path} as a checkpoint of ddpm.py"):
-        if any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError("it is compressed, so a small file could fill the memory")
+    with explained(f"cannot read {path} as a file of this ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["format"] > FORMAT:
-            raise ValueError("it was written by a newer ddpm.py: update this one")
+        if contents["format"] != FORMAT:
+            raise ValueError(f"it has format {contents['format']} and not {FORMAT}: its network predicts something else")
     return contents
 
 
-def load_model(path=None, device="cpu"):
-    """The model of a weights.pt, ready for sampling; by default the newest in runs/, or else assets/mnist.pt.
+def find_weights():
+    """The newest weights.pt in runs/, or else assets/mnist.pt."""
+    return max(Path("runs").glob("*/weights.pt"), key=os.path.getmtime, default=ASSETS / "mnist.pt")
 
-    Prints which it is. Raises UserError when the file cannot be read or is something else.
+
+def load_model(path=None, device="cpu"):
+    """The model of a weights.pt, by default that of find_weights, ready for sampling.
+
+    Raises UserError when the file cannot be read, is something else, or its network predicts something else.
     """
-    candidates = [ASSETS / "mnist.pt", *sorted(Path("runs").glob("*/weights.pt"), key=os.path.getmtime)]
-    path = Path(path or candidates[-1])
+    path = path or find_weights()
     contents = load(path)
     with explained(f"{path} holds no weights for the network of this ddpm.py"):
-        config, weights = contents["config"], contents["weights"]
-        claimed = sum(tensor.numel() for tensor in weights.values())
-        # A tensor can repeat one number, and so claim to be far larger than its file.
-        if claimed > path.stat().st_size or not 1 <= config["timesteps"] <= 10**6 or config["image_size"] > 1000:
-            raise ValueError("a size is out of range")
-        with torch.device("meta"):  # shapes only, and no memory yet: the weights come from the file
-            model = UNet(config)
-        model.load_state_dict(weights, assign=True)
-        print(f"weights: {path} ({config['dataset']})")
-    return model.float().to(device).eval().requires_grad_(False)
-
-
-# Images.
+        if "weights" not in contents:
+            raise ValueError("if it is the checkpoint.pt of a run, give the weights.pt beside it")
+        config = Config(**contents["config"])
+        if config.prediction != Config.prediction:
+            raise ValueError(f"its last layer predicts {config.prediction}, not {Config.prediction}")
+        with torch.random.fork_rng(devices=[]):  # the first weights are random; the caller's random numbers stay
+            model = UNet(config).float()
+        model.load_state_dict(contents["weights"])
+    return model.to(device).eval().requires_grad_(False)
 
 
 def from_bytes(images):
     """Pixels as files have them, 0..255 in uint8, as the network wants them: float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    return images.to(torch.float32) / 127.5 - 1
 
 
 def to_bytes(x):
@@ -639,343 +957,391 @@ def to_bytes(x):
 
 
 def to_image(x, columns=None):
-    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default a square."""
-    # What torchvision calls nrow is the number of columns.
-    grid = torchvision.utils.make_grid(to_bytes(x), nrow=columns or math.ceil(math.sqrt(len(x))))  # (3, height, width)
-    return torchvision.transforms.functional.to_pil_image(grid if len(x) > 1 else to_bytes(x)[0])
+    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default about a square."""
+    N, C, H, W = x.shape
+    columns = columns or math.ceil(math.sqrt(N))
+    rows = math.ceil(N / columns)
+    cells = torch.zeros(rows * columns, C, H + 2, W + 2, dtype=torch.uint8)  # two black pixels after each image
+    cells[:N, :, :H, :W] = to_bytes(x)
+    cells = cells.view(rows, columns, C, H + 2, W + 2)
+    grid = cells.permute(0, 3, 1, 4, 2).reshape(rows * (H + 2), columns * (W + 2), C)
+    grid = grid[:-2, :-2].squeeze(2)  # (height, width) if grey, (height, width, 3) if in colour
+    return Image.fromarray(grid.numpy())
 
 
 def generate_number(model, label, seed=0):
-    """One digit, for a notebook: model from load_model, label in 0..9 -> PIL image (28x28, grey for MNIST)."""
-    return to_image(sample(model, [label], seeds=[seed]))
+    """One digit, for a notebook: model from load_model, label a class by number or name -> PIL image (MNIST: 28x28).
+
+    Raises UserError, which is a ValueError, when there is no such class.
+    """
+    return to_image(sample(model, [class_number(str(label), model.config.classes)], seeds=[seed]))
 
 
 def save_film(frames, path, columns):
-    """Writes the steps of a sampling: a GIF of x_t, about four seconds and then two of the last frame; and ten moments
-    of the first image, x_t above, x_0_hat below, as film_moments.png beside film.gif.
+    """Writes the steps of a sampling: a GIF of x_t that ends with two seconds of the last frame; and ten moments of the
+    first image, x_t above, x_0_hat below, as film_moments.png beside film.gif.
 
-    frames is a list of (x_t (N, C, H, W), x_0_hat (1, C, H, W)), from noise to image; path ends in .gif.
+    frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image; path ends in .gif.
     """
-    def moments(count):
-        return [frames[round(i)] for i in torch.linspace(0, len(frames) - 1, min(count, len(frames))).tolist()]
-
-    film = [ImageOps.scale(to_image(x_t, columns), 3, Image.Resampling.NEAREST) for x_t, _ in moments(60)]
-    milliseconds = [4000 // len(film)] * (len(film) - 1) + [2000]
-    film[0].save(path, save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
-    strip = [x_t[:1] for x_t, _ in moments(10)] + [x_0_hat for _, x_0_hat in moments(10)]
-    to_image(torch.cat(strip), columns=len(strip) // 2).save(path.with_name(path.stem + "_moments.png"))
+    x_ts, x_0_hats = zip(*frames)
+    film = [ImageOps.scale(to_image(x_t, columns), 3, Image.Resampling.NEAREST) for x_t in x_ts]
+    milliseconds = [max(20, 4000 // len(film))] * (len(film) - 1) + [2000]
+    with replacing(path) as temporary:
+        film[0].save(temporary, save_all=True, append_images=film[1:], duration=milliseconds)
+    moments = torch.linspace(0, len(frames) - 1, min(10, len(frames))).int().tolist()
+    strip = [x[i][:1] for x in (x_ts, x_0_hats) for i in moments]
+    with replacing(path.with_name(path.stem + "_moments.png")) as temporary:
+        to_image(torch.cat(strip), columns=len(moments)).save(temporary)
 
 
 def read_digit(path, size=28):
     """An image file of one digit, as MNIST would show it: x_0 (1, 1, size, size) in [-1, 1].
 
-    Grey or colour, dark on light or light on dark, evenly lit or not, but with nothing else in it. MNIST's own recipe
-    (LeCun et al. 1998, section III.A): the digit fits into a box of 20x20 pixels, and its centre of mass lies in the
-    middle of 28x28, which in its files is the pixel of index 14. Raises UserError when the file is not an image, too
-    large, or shows nothing.
+    Grey or colour, dark on light or light on dark, on plain ground with nothing else on it. As in MNIST (LeCun et al.
+    1998, section III.A), the digit fits into a box of 20x20 pixels, and its centre of mass lies in the middle of 28x28.
+    Raises UserError when the file is not an image or shows nothing.
     """
-    with explained(f"cannot read {path} as an image"):  # also when it has far too many pixels
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("L")
-    image.thumbnail((200, 200))  # enough for a digit, and the mean of many pixels has less noise
-    grey = torchvision.transforms.functional.to_tensor(image)[0]  # (height, width) in [0, 1]
-    # Light mostly falls from one side, so the paper is a plane through the brightness of the margin. Ink is what
-    # differs from the paper, in the direction in which it differs more.
-    rows, columns = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in grey.shape), indexing="ij")
-    plane = torch.stack([torch.ones_like(grey), rows, columns], dim=-1)  # (height, width, 3)
-    margin = torch.maximum(rows.abs(), columns.abs()) > 0.9
-    ink = grey - plane @ torch.linalg.lstsq(plane[margin], grey[margin].unsqueeze(1)).solution[:, 0]
+    with explained(f"cannot read {path} as an image"):
+        image = Image.open(path)
+        with suppress(Exception):  # a damaged EXIF block cannot say which way is up
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16 or 32 bits: stretch what the image uses of them to 8
+            values = np.asarray(image, np.float64)
+            image = Image.fromarray(np.interp(values, (values.min(), values.max()), (0, 255)).astype(np.uint8))
+        image = image.convert("RGBA")
+        # A transparent ground becomes white or black, whichever the ink stands out from.
+        grounds = [Image.new("RGBA", image.size, colour) for colour in ("white", "black")]
+        greys = [Image.alpha_composite(ground, image).convert("L") for ground in grounds]
+        grey = max(greys, key=lambda grey: ImageStat.Stat(grey).stddev)
+        grey.thumbnail((200, 200))
+    # Light is seldom even. The paper is the median of a wide neighbourhood, and ink is what differs from the paper, in
+    # the direction in which it differs more.
+    paper = grey.resize((32, 32)).filter(ImageFilter.MedianFilter(17)).resize(grey.size)
+    ink = np.asarray(grey, np.float64) - np.asarray(paper, np.float64)  # (height, width)
     ink = ink if ink.max() > -ink.min() else -ink
-    if ink.max() < 0.15:
-        raise UserError(f"{path} shows no digit: nothing in it stands out from its margin")
-    ink = (ink / ink.max() - 0.15).clamp(min=0)  # without the grain of the paper
-    inked_rows, inked_columns = (ink > 0.05).nonzero().T
-    box = ink[inked_rows.min() : inked_rows.max() + 1, inked_columns.min() : inked_columns.max() + 1]
-    shape = [max(1, round(n * size * 20 / 28 / max(box.shape))) for n in box.shape]
-    box = F.interpolate(box[None, None], shape, mode="bilinear", antialias=True)[0, 0]
-    box = (box / box[box > 0.3 * box.max()].median()).clamp(0, 1)  # strokes as white as MNIST's, thin ones too
-    centre = [(box.sum(dim=1 - dim) * torch.arange(n)).sum() / box.sum() for dim, n in enumerate(shape)]  # of mass
-    top, left = (min(max(0, round(size / 2 - c.item())), size - n) for c, n in zip(centre, shape))
-    return F.pad(box * 2 - 1, (left, size - left - shape[1], top, size - top - shape[0]), value=-1.0)[None, None]
+    if ink.max() < 40:
+        raise UserError(f"{path} shows no digit: nothing in it stands out from its ground")
+    ink = Image.fromarray((255 * (ink / ink.max() - 0.15).clip(0)).astype(np.uint8))  # without the grain of the paper
+    box = ink.point(lambda value: 255 * (value > 12)).getbbox()
+    digit = ImageOps.contain(ink.crop(box), (20 * size // 28, 20 * size // 28), Image.Resampling.BILINEAR)
+    pixels = np.asarray(digit, np.float32)
+    pixels = (pixels / np.median(pixels[pixels > 0.3 * pixels.max()])).clip(0, 1)  # strokes as white as in MNIST
+    height, width = pixels.shape
+    centre_row = np.average(np.arange(height), weights=pixels.sum(axis=1))
+    centre_column = np.average(np.arange(width), weights=pixels.sum(axis=0))
+    top = min(max(0, round(size / 2 - centre_row)), size - height)
+    left = min(max(0, round(size / 2 - centre_column)), size - width)
+    x_0 = torch.full((1, 1, size, size), -1.0, dtype=torch.float32)
+    x_0[0, 0, top : top + height, left : left + width] = torch.from_numpy(pixels * 2 - 1)
+    return x_0
 
 
-# ======================================================================================================================
-# 7. Training
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. A run
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# Algorithm 1 in a loop, with three standard tricks.
-#
-# The learning rate of the optimizer, AdamW, rises during the first steps, while AdamW's averages of the gradient are
-# still unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It is computed from
-# the number of the step, so a resumed run goes on where the curve was. (With other --epochs than before, it goes on
-# where the other curve would have been.)
-#
-# Gradients are clipped to length 1, so that one unlucky batch cannot dominate the averages of AdamW.
-#
-# The weights for sampling are an exponential moving average (EMA) of the weights over the last steps. Each step sees
-# one batch with random t and noise, so the weights jitter; their average does not. At the start it is kept short, over
-# about a tenth of the steps so far, or it would remember the random first weights for thousands of steps.
+# train, at the end of this section, is Algorithm 1 with a report. Before it stands what a run needs besides: its state,
+# its options, its folder, its signals and its processes.
 
 
-def learning_rate(step, total_steps, peak):
-    """Linear warm-up over the first 5 % of the steps (500 at most), then half a cosine down to 0 at total_steps."""
-    warmup = min(500, max(1, total_steps // 20))
-    decayed = min(1, max(0, step - warmup) / max(1, total_steps - warmup))  # 0 during the warm-up, then 0..1
-    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * decayed))
+class Run:
+    """The state of a training run, and the folder that keeps it.
 
-
-@torch.no_grad()
-def update_ema(ema, model, step, decay):
-    """Moves the averaged weights a little towards the current ones: ema = d · ema + (1-d) · model."""
-    d = min(decay, (1 + step) / (10 + step))
-    for averaged, current in zip(ema.parameters(), model.parameters()):
-        averaged.lerp_(current, 1 - d)
-
-
-def has_bfloat16(device):
-    """Whether the device has bfloat16 in hardware, as CUDA GPUs from Ampere on and CPUs with AVX512_BF16 do.
-
-    Convolutions are faster in it. It has the range of float32, but only 8 bits of precision: enough for gradients,
-    which are noise for the most part. The weights themselves, and their small changes, stay in float32.
+    All randomness follows from the seed and the number of the step, so a resumed run needs no state of a generator.
     """
-    return (torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else
-            device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())  # fmt: skip
+
+    def __init__(self, config, out, images, labels, device, rank, processes):
+        self.config, self.out, self.rank, self.processes = config, out, rank, processes
+        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))  # of the data that the run began with
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self.batch_size = min(config.batch_size, len(images))
+        self.steps_per_epoch = len(images) // self.batch_size  # the remainder, other images in each epoch, is skipped
+        self.total_steps = config.epochs * self.steps_per_epoch
+
+        torch.manual_seed(config.seed)
+        self.model = UNet(config).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizers = make_optimizers(self.model)
+        self.parts = [self.model, self.ema, *self.optimizers]  # what checkpoint.pt keeps of them is their state_dict
+        self.step = 0  # steps done
+        self.loss_sum = torch.zeros((), device=device)  # since the epoch began
+        self.history = ["epoch,step,loss,lr,images_per_s"]  # the lines of log.csv
+        self.saved_step, self.saved_at = 0, time.monotonic()
+
+    def next_batch(self):
+        """The images x_0 (B, C, H, W) and classes y (B,) of the next step: this process's share of the batch."""
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        # Of integers, unlike text, Python's hash is the same in every process.
+        shuffle = torch.Generator().manual_seed(hash((self.config.seed, epoch)))
+        order = torch.randperm(len(self.images), generator=shuffle)
+        batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+        share = batch[self.rank :: self.processes].to(self.images.device)
+        torch.manual_seed(hash((self.config.seed, self.step, self.rank)))  # for t, the noise and the dropped labels
+        return from_bytes(self.images[share]), self.labels[share]
+
+    def report(self):
+        """Prints where the run is. At the end of an epoch, adds a line to log.csv and begins the mean loss anew."""
+        epoch, position = divmod(self.step - 1, self.steps_per_epoch)
+        loss = self.loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
+        rate = (self.step - self.saved_step) * self.batch_size / (time.monotonic() - self.saved_at)
+        minutes = (self.total_steps - self.step) * self.batch_size / rate / 60
+        say(f"epoch {epoch + 1}  step {self.step}  loss {loss:.4f}  {rate:.0f} images/s  {minutes:.1f} min left")
+        if position + 1 == self.steps_per_epoch:
+            lr = self.config.lr * learning_rate(self.step - 1, self.total_steps)
+            self.history.append(f"{epoch + 1},{self.step},{loss:.6f},{lr:.3e},{rate:.0f}")
+            self.loss_sum.zero_()
+
+    def save(self):
+        """Writes checkpoint.pt, from which a run goes on as if it had never stopped. Raises UserError."""
+        if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
+            raise UserError(f"diverged after step {self.saved_step}, the last save: start anew with a lower --lr")
+        state = {
+            "config": asdict(self.config),
+            "parts": [part.state_dict() for part in self.parts],
+            "step": self.step,
+            "loss_sum": self.loss_sum.item(),
+            "history": self.history,
+            "data": self.checksum,
+        }
+        save(state, self.out / "checkpoint.pt")
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def restore(self, saved):
+        """Takes over what save wrote. Raises UserError when it does not fit, or the data is other data."""
+        with explained(f"cannot go on with {self.out / 'checkpoint.pt'}"):
+            if saved["data"] != self.checksum:
+                raise ValueError("the run began with other images or labels than those in --data-dir")
+            for part, state in zip(self.parts, saved["parts"]):
+                part.load_state_dict(state)
+            self.step, self.history = saved["step"], saved["history"]
+            self.loss_sum += saved["loss_sum"]
+        self.saved_step = self.step
+
+    def write_outputs(self, sample_every):
+        """Writes the other files; True if it could. They follow from the state, so they can be made at any later time."""
+        weights = {name: tensor.half() for name, tensor in self.ema.state_dict().items()}
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        try:
+            save({"config": asdict(self.config), "weights": weights}, self.out / "weights.pt")
+            if position == 0 and (epoch % sample_every == 0 or self.step == self.total_steps):
+                # Each class five times, from the same noise each time, so that epochs can be compared; and without
+                # guidance, to see what the network itself can do.
+                n = len(self.config.classes)
+                images = sample(self.ema, list(range(n)) * 5, guidance=1)
+                with replacing(self.out / f"samples_{epoch:03d}.png") as temporary:
+                    to_image(images, columns=n).save(temporary)
+            with replacing(self.out / "log.csv") as temporary:
+                temporary.write_text("\n".join(self.history) + "\n")
+        except UserError as error:
+            say(f"ddpm.py: warning: {error}", sys.stderr)
+            return False
+        return True
 
 
-def train_step(model, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options):
-    """One step of Algorithm 1 at that step's learning rate; then the averaged weights, ema, follow.
+def settle_config(args, out):
+    """The Config of the run that args ask for; and what checkpoint.pt holds if the run is to be resumed, else None."""
+    given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
+    if not args.resume:
+        source = DATASETS[given.get("dataset", Config.dataset)]
+        images = {name: getattr(source, name) for name in ("image_channels", "image_size", "classes")}
+        return Config(**given, **images), None
+    saved = load(out / "checkpoint.pt")
+    with explained(f"{out} holds no run that can go on like this"):
+        config = Config(**saved["config"])
+        if config.dataset not in DATASETS:
+            raise ValueError(f"there is no data set {config.dataset}")
+        for name, value in given.items():
+            if name != "epochs" and value != getattr(config, name):
+                raise ValueError(f"it began with another {name}, {getattr(config, name)}: leave that flag out")
+    config.epochs = given.get("epochs", config.epochs)
+    return config, saved
 
-    x_0 (B, C, H, W) in [-1, 1]; y (B,); alphas_cumprod (T,); options has "lr", "class_dropout" and "ema_decay". Returns
-    the loss, a scalar tensor.
+
+def claim(out):
+    """Makes the folder of a new run. Raises UserError if there is anything in it, a run for example."""
+    with explained(f"cannot begin a run in {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ValueError("the folder is not empty: add --resume to go on with a run in it, or choose another --out")
+        (out / "log.csv").touch(exist_ok=False)  # fails if another process has been faster
+
+
+@contextmanager
+def stop_requests():
+    """A list that fills with the signals that ask to stop. train looks at it between steps, when the state is whole.
+
+    A signal that was ignored when the program started, as under nohup, stays ignored. Afterwards, all are as before.
     """
-    optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, options["lr"])
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=has_bfloat16(x_0.device)):
-        loss = ddpm_loss(model, x_0, y, alphas_cumprod, options["class_dropout"])
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    update_ema(ema, model, step, options["ema_decay"])
-    return loss.detach()
+    received, handlers = [], {}
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-# The rest of this section is the life of a run: its options, beginning or resuming, stepping, reporting, saving, and
-# stopping when asked to.
+def join_processes(device, rank, processes):
+    """Joins the processes that torchrun started: waits until all are here, and returns this one's device."""
+    if processes == 1:
+        return device
+    with explained("WORLD_SIZE is set, but there are no other processes to be found: start them with torchrun"):
+        backend = "gloo"
+        if device.type == "cuda":
+            backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(backend, rank=rank, world_size=processes)
+    return device
 
 
-def in_range(convert, low, high):
-    """An argparse type: convert(text), refused outside [low, high]."""
-
-    def number(text):  # argparse will say "invalid number value"
-        if not low <= (value := convert(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
+def sum_over_processes(tensor):
+    """Replaces a tensor by its sum over all processes. Raises UserError when one of them is gone."""
+    with explained("another process is gone; --resume goes on from the last save"):
+        torch.distributed.all_reduce(tensor)
 
 
-POSITIVE, SHARE = in_range(int, 1, 10**9), in_range(float, 0, 1)
-TRAIN_OPTIONS = {  # the flags that a checkpoint remembers
-    "dataset": {"default": "mnist", "choices": DATASETS, "help": "what to learn"},
-    "epochs": {"default": 30, "type": POSITIVE, "help": "passes over the data"},
-    "batch_size": {"default": 128, "type": POSITIVE, "help": "images per step"},
-    "lr": {"default": 2e-3, "type": in_range(float, 0, 1000), "help": "peak learning rate"},
-    "timesteps": {"default": 1000, "type": in_range(int, 1, 10**6), "help": "T, noising steps"},
-    "schedule": {"default": "linear", "choices": SCHEDULES, "help": "of the noise"},
-    "channels": {"default": [32, 64, 128, 256], "type": POSITIVE, "nargs": "+", "help": "one number a level"},
-    "class_dropout": {"default": 0.1, "type": SHARE, "help": "share of labels to drop; 0: sample with --guidance 1"},
-    "ema_decay": {"default": 0.999, "type": SHARE, "help": "of the averaged weights, per step"},
-    "seed": {"default": 0, "type": in_range(int, 0, 2**31), "help": "of the random numbers"},
-}
+def share_gradients(model, processes):
+    """From now on, each gradient becomes the mean over all processes as soon as backward() has computed it.
+
+    Each process sees its share of the batch, so this mean is the gradient of the whole batch. All processes start with
+    the same weights and make the same steps, so they keep the same weights.
+    """
+
+    def average(parameter):
+        sum_over_processes(parameter.grad)
+        parameter.grad /= processes
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(average)
 
 
-def show(line, last=False):
-    """Progress: on a terminal, one line that is written over again and again; elsewhere, only the last one."""
-    if last or sys.stdout.isatty():
-        print("\r" + line.ljust(79) if sys.stdout.isatty() else line, end="\n" if last else "", flush=True)
+def agreed(stop, processes, device):
+    """Whether any process was asked to stop. All have to leave after the same step, since each waits for the others."""
+    asked = torch.tensor(len(stop), device=device)
+    if processes > 1:
+        sum_over_processes(asked)
+    return asked.item() > 0
 
 
 def train(args):
-    """The train command. Leaves checkpoint.pt, weights.pt, log.csv and sample images in a folder.
+    """The train command: leaves checkpoint.pt, weights.pt, log.csv and samples_EPOCH.png in a folder.
 
-    args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError and OSError.
+    args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError.
     """
-    given = {name: value for name, value in vars(args).items() if name in TRAIN_OPTIONS}
-    out, device = Path(args.out or f"runs/{given.get('dataset', 'mnist')}"), torch.device(args.device)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not args.resume:
-        raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
-    saved = load(checkpoint) if args.resume else {}
-    # A new run has the given options, a resumed one those that it began with; of these, only --epochs may change.
-    options = {name: option["default"] for name, option in TRAIN_OPTIONS.items()} | saved.get("options", given)
-    changed = ["--" + name.replace("_", "-") for name in given if given[name] != options[name] and name != "epochs"]
-    if changed:
-        raise UserError(f"{out} was begun with another {' and '.join(changed)}: leave that out, or start anew")
-    options |= given
-    config = options | DATASETS[options["dataset"]][-1]
-
-    # torchrun starts several processes and numbers them. Each takes its share of every batch, with noise of its own,
-    # and DistributedDataParallel averages their gradients, so that all have the same weights after every step. Process
-    # 0 alone reports and saves, and it is the first to look for the data, so that it alone downloads.
+    out = Path(args.out or f"runs/{getattr(args, 'dataset', Config.dataset)}")
+    config, saved = settle_config(args, out)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if options["batch_size"] % processes:
-        raise UserError(f"--batch-size {options['batch_size']} cannot be shared by {processes} processes")
-    if rank == 0:
-        load_dataset(options["dataset"], args.data_dir)
-    else:
-        sys.stdout = open(os.devnull, "w")
-    if processes > 1:
-        gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else None
-        device = gpu or device
-        torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=gpu)  # waits until all have come here
-    images, labels = (tensor.to(device) for tensor in load_dataset(options["dataset"], args.data_dir))
-    print(f"{len(images)} images of {options['dataset']}, on {device}, into {out}", flush=True)
+    if config.batch_size % processes:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {processes} processes")
+    # Of several processes, number 0 owns the folder, downloads, reports and saves. The others are silent.
+    silence = redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
+    with silence, stop_requests() as stop:
+        if rank == 0 and not saved:
+            claim(out)
+        say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
+        data = load_dataset(config.dataset, args.data_dir) if rank == 0 else None
+        device = join_processes(torch.device(args.device), rank, processes)
+        images, labels = data or load_dataset(config.dataset, args.data_dir)
+        run = Run(config, out, images, labels, device, rank, processes)
+        if saved:
+            run.restore(saved)
+        if processes > 1:
+            share_gradients(run.model, processes)
+        if args.compile:
+            run.model.compile()
+        written = True
+        if rank == 0:
+            run.save()
+            written = run.step == 0 or run.write_outputs(args.sample_every)
+        say(f"training on {device}, into {out}: {len(images)} images, step {run.step} of {run.total_steps}")
 
-    torch.manual_seed(options["seed"])
-    model = UNet(config).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"])
-    parts = {"model": model, "ema": ema, "optimizer": optimizer}
-    first_step, history, loss_sum = 0, ["epoch,step,loss,lr,images_per_s"], torch.zeros((), device=device)
-    if saved:
-        with explained(f"{checkpoint} does not fit this network: choose another --out"):
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            first_step, history, loss_sum = saved["step"], saved["history"], loss_sum + saved["loss_sum"]
-    network = torch.compile(model) if args.compile else model  # a faster view of the same weights
-    if processes > 1:
-        network = nn.parallel.DistributedDataParallel(network)
-        network.config = config
+        said_at, stopping = 0, False
+        while run.step < run.total_steps and not stopping:
+            x_0, y = run.next_batch()
+            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, run.step, run.total_steps)
+            run.step += 1
 
-    batch_size = min(options["batch_size"], len(images))
-    steps_per_epoch = len(images) // batch_size  # the remainder, different images in each epoch, is skipped
-    epochs, total_steps = options["epochs"], options["epochs"] * steps_per_epoch
-    alphas_cumprod = cumulative_alphas(config).float().to(device)
-    if saved and epochs != saved["options"]["epochs"]:
-        print(f"for {epochs} epochs, the learning rate is {learning_rate(first_step, total_steps, options['lr']):.1e}")
+            stopping = agreed(stop, processes, device)
+            save_now = run.step % run.steps_per_epoch == 0 or stopping or time.monotonic() - run.saved_at > SAVE_EVERY
+            if rank == 0 and (save_now or time.monotonic() - said_at > SAY_EVERY):
+                run.report()
+                said_at = time.monotonic()
+            if rank == 0 and save_now:
+                run.save()
+                written = run.write_outputs(args.sample_every)
 
-    # Ctrl-C and kill only set a flag; the loop checks it between steps, when the state is consistent. Of several
-    # processes, 0 decides: if another one left first, the step that 0 is in could not be finished. When 0 has saved and
-    # left, the others miss it in their next step, and end with an error or are ended by torchrun.
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if rank > 0 else lambda signum, frame: stop.append(signum))
-
-    out.mkdir(parents=True, exist_ok=True)
-    saved_at, shown_at, saved_step, rate = time.monotonic(), time.monotonic(), first_step, 0
-    for step in range(first_step, total_steps):
-        epoch, position = divmod(step, steps_per_epoch)
-        # All chance follows from the seed and the place in the run, so a resumed run needs no state of a generator.
-        # (Of integers, unlike text, Python's hash is the same in every process.)
-        if position == 0 or step == first_step:
-            shuffle = torch.Generator().manual_seed(hash((options["seed"], epoch)))
-            order = torch.randperm(len(images), generator=shuffle).to(device)
-        torch.manual_seed(hash((options["seed"], step, rank)))
-        batch = order[position * batch_size : (position + 1) * batch_size][rank::processes]
-        x_0, y = from_bytes(images[batch]), labels[batch]
-        with explained(f"step {step} failed; maybe another process is gone") if processes > 1 else nullcontext():
-            loss_sum += train_step(network, ema, optimizer, x_0, y, alphas_cumprod, step, total_steps, options)
-
-        done, end_of_epoch = step + 1, position + 1 == steps_per_epoch
-        save_now = end_of_epoch or stop or time.monotonic() - saved_at > 300  # seconds
-        if rank > 0 or not (save_now or time.monotonic() - shown_at > 0.5):
-            continue
-        # The mean since the epoch began, of process 0's share. It waits for the device, so the clock is read after it.
-        loss = loss_sum.item() / (position + 1)
-        shown_at = time.monotonic()
-        rate = (done - saved_step) * batch_size / (shown_at - saved_at)
-        left = f"{(total_steps - done) * batch_size / rate / 60:.1f} min left"
-        show(f"epoch {epoch + 1}/{epochs}  step {done}  loss {loss:.4f}  {rate:.0f} images/s  {left}", end_of_epoch)
-        if not save_now:
-            continue
-        if not (math.isfinite(loss) and nn.utils.parameters_to_vector(model.parameters()).isfinite().all()):
-            raise UserError(f"diverged between steps {saved_step} and {done} (loss {loss}): a lower --lr may help")
-        if end_of_epoch:
-            history.append(f"{epoch + 1},{done},{loss:.6f},{optimizer.param_groups[0]['lr']:.3e},{rate:.0f}")
-            loss_sum.zero_()
-        progress = {"options": options, "step": done, "history": history, "loss_sum": loss_sum.item()}
-        save({name: part.state_dict() for name, part in parts.items()} | progress, checkpoint)
-        save({"config": config, "weights": {k: v.half() for k, v in ema.state_dict().items()}}, out / "weights.pt")
-        (out / "log.csv").write_text("\n".join(history) + "\n")  # all of it: no row twice, none missing
-        if end_of_epoch and ((epoch + 1) % args.sample_every == 0 or done == total_steps):
-            # Each class five times, from the same noise each time, so that epochs can be compared; without
-            # guidance, to see what the network itself can do.
-            images_of_classes = sample(ema, list(range(len(config["classes"]))) * 5, guidance=1)
-            to_image(images_of_classes, len(config["classes"])).save(out / f"samples_{epoch + 1:03d}.png")
-        if stop and done < total_steps:
-            show(f"stopped at step {done} of {total_steps}; go on with the same command and --resume", last=True)
-            return 130
-        saved_at, saved_step = time.monotonic(), done
-
-    print(f"done, at {rate:.0f} images/s; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
+    if run.step < run.total_steps:
+        say(f"stopped at step {run.step} of {run.total_steps}; go on with the same command and --resume")
+        return 130
+    if not written:
+        raise UserError("the training is done, but not all files could be written: --resume writes them")
+    say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
 
 
-# ======================================================================================================================
-# 8. Evaluation
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
 #
-# How good are the images? Three numbers say it, each blind to something, so none is given alone; and each beside the
-# same number for as many real test images, the yardstick: without it, nobody knows what a good value is. (A third
-# column gives those of training images, from which the classifier has learned.)
+# How good are the images? Three numbers say it. Each is blind to something, so none is given alone; and each stands
+# beside the same number for as many real test images, without which nobody knows what a good value is.
 #
 # Label accuracy: how often does a classifier read the digit that was asked for? It sees whether the class arrived, not
 # whether the image looks like handwriting: a printed 3 would pass. With guidance it can be higher than for real images,
-# some of which are hard to read; that is not a merit. Text-to-image models are often judged by CLIP, which compares an
-# image with a sentence. But CLIP learned from photographs and their captions, and its score is a similarity: that of a
-# good 1 and of a good 8 may differ, and nobody can say from which value on an 8 is an 8. A classifier of digits answers
-# the very question, right or wrong, for each digit, and the real images say how far it can be trusted.
+# some of which are hard to read; that is not a merit.
 #
-# Inception Score (Salimans et al. 2016, arXiv 1606.03498): is the classifier sure about each image, and does it find
-# all classes equally often? It goes from 1 to the number of classes. It sees neither whether digits look written nor
-# whether all threes are the same three, and is given because everybody knows it (here over all images at once, not as
-# the mean of ten parts).
+# FID (Heusel et al. 2017, arXiv 1706.08500): compute the classifier's penultimate-layer features of the samples and of
+# all training images, describe each set by its mean and covariance, and measure how far these two Gaussians are apart.
+# It sees missing variety and wrong style, and 0 is best. It is blind to labels, and to a model that only repeats its
+# training images. The features usually come from Inception, a network trained on photographs of 299x299 pixels; grey
+# digits are out of its distribution. So a FID printed here can only be compared with others printed here, by the same
+# classifier and for the same number of images: fewer images make it larger.
 #
-# FID (Heusel et al. 2017, arXiv 1706.08500): take the features that the classifier calculates before it decides, of the
-# samples and of all training images; describe either set by its mean and covariance; and measure how far these two
-# Gaussians are apart. It sees missing variety and wrong style, 0 is best; it is blind to labels, and to a model that
-# only repeats its training images. The features usually come from Inception, a network for photographs of 299x299
-# pixels, trained on the thousand classes of ImageNet. Grey digits, scaled up tenfold, are nothing that it knows, and on
-# other data than ImageNet its verdict misleads (Barratt & Sharma 2018, arXiv 1801.01973, about the Inception Score). So
-# FID here is only to be compared with FID here, by the same classifier and for the same number of images: fewer images
-# make it larger.
+# Inception Score (Salimans et al. 2016, arXiv 1606.03498): is the classifier sure about each image, and does it find all
+# classes equally often? It goes from 1 to the number of classes. It sees neither style nor variety within a class, and
+# is given because it is widely known (here over all images at once, not as the mean of ten parts).
 #
-# One more number needs no samples. The loss of section 4, of the averaged weights and with all labels, on images of
-# the training set and on images that the network has not seen, shows overfitting, if it is clearly larger on the
-# latter; in five bands of t, it shows where the loss comes from.
+# One more number needs no samples: the loss of section 4 with all labels, on images that the network has trained on and
+# on others. If it is clearly larger on the latter, the model overfits.
 
-BATCH = 256  # images that are drawn, or judged, at once
 CLASSIFIER_STEPS = 1900  # of training; about as many images as four epochs of MNIST
 
 
-def make_classifier(config):
+def make_classifier(image_channels, classes):
     """A small convolutional network: images (B, C, H, W) in [-1, 1] -> features (B, 64) -> logits (B, classes)."""
 
     def block(in_channels, out_channels):
         return nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
 
     features = nn.Sequential(
-        *block(config["image_channels"], 16), nn.MaxPool2d(2),  # (B, 16, 14, 14)
-        *block(16, 32), *block(32, 32), nn.MaxPool2d(2),  # (B, 32, 7, 7)
-        *block(32, 64), *block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (B, 64)
-    )  # fmt: skip
-    return nn.Sequential(features, nn.Linear(64, len(config["classes"])))
+        *block(image_channels, 16),
+        nn.MaxPool2d(2),  # (B, 16, 14, 14)
+        *block(16, 32),
+        *block(32, 32),
+        nn.MaxPool2d(2),  # (B, 32, 7, 7)
+        *block(32, 64),
+        *block(64, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),  # (B, 64)
+    )
+    return nn.Sequential(features, nn.Linear(64, classes))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge(classifier, images):
-    """Images (N, C, H, W) uint8 -> probabilities (N, classes) and features (N, 64) of a classifier in eval mode.
-
-    Both are in float64 and on the CPU.
-    """
-    features, head = classifier
+    """What a classifier says of images (N, C, H, W) uint8: probabilities (N, classes), features (N, 64), float64, CPU."""
+    features, head = classifier.eval()
     f = torch.cat([features(from_bytes(batch.to(head.weight.device))) for batch in images.split(BATCH)])
     return head(f).cpu().double().softmax(dim=1), f.cpu().double()
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """FID: the squared Fréchet distance of two Gaussians, of means (D,) and covariances (D, D), float64."""
+    """FID: the squared Fréchet distance of two Gaussians with means (D,) and covariances (D, D), float64."""
     # Heusel et al.: d² = ‖μ_1 - μ_2‖² + Tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½). The trace of a square root is the sum of the
-    # square roots of the eigenvalues, which are real and not negative here, but for rounding.
+    # square roots of the eigenvalues. They are real and not negative, except for rounding.
     roots = torch.linalg.eigvals(cov_1 @ cov_2).real.clamp(min=0).sqrt()
     return ((mean_1 - mean_2) ** 2).sum() + torch.trace(cov_1 + cov_2) - 2 * roots.sum()
 
@@ -983,237 +1349,353 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
 def inception_score(probabilities):
     """exp E KL(p(y|x) ‖ p(y)) of probabilities p(y|x) (N, classes) (Salimans et al. 2016): 1 to classes."""
     # E KL(p(y|x) ‖ p(y)) = H(E p(y|x)) - E H(p(y|x)), with the entropy H
+    entropy_of_mean = torch.special.entr(probabilities.mean(dim=0)).sum()
     mean_entropy = torch.special.entr(probabilities).sum(dim=1).mean()
-    return (torch.special.entr(probabilities.mean(dim=0)).sum() - mean_entropy).exp()
+    return (entropy_of_mean - mean_entropy).exp()
+
+
+def train_classifier(images, labels, classes, device):
+    """Trains a classifier of images (N, C, H, W) uint8 with labels (N,), in a minute or two on a CPU."""
+    torch.manual_seed(0)
+    classifier = make_classifier(images.shape[1], classes).to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters())
+    for step in range(CLASSIFIER_STEPS):
+        optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(step, CLASSIFIER_STEPS)
+        batch = torch.randint(len(images), (128,))
+        # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not its place. (What
+        # leaves on one side comes back on the other; MNIST's margin is all but empty.)
+        shift = torch.randint(-2, 3, (2,)).tolist()
+        x = torch.roll(from_bytes(images[batch].to(device)), shift, dims=(2, 3))
+        loss = F.cross_entropy(classifier(x), labels[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return classifier
 
 
 def load_classifier(name, data_dir, device):
     """The classifier of a data set, and mean (64,) and covariance (64, 64) of its features of the training images.
 
     They lie in assets/ or in runs/; if in neither, they are made now and kept in runs/. Raises UserError when that
-    would take data that cannot be had, or when a file is damaged.
+    takes data that is unavailable, or when a file is damaged.
     """
-    file = f"classifier_{name}.pt"
-    path = ASSETS / file if (ASSETS / file).exists() else Path("runs", file)
-    torch.manual_seed(0)
-    classifier = make_classifier(DATASETS[name][-1]).to(device)
+    path = ASSETS / f"classifier_{name}.pt"
+    path = path if path.exists() else Path("runs", path.name)
+    classes = len(DATASETS[name].classes)
     if not path.exists():
-        print(f"training a classifier of {name}, once; on a CPU this takes a minute or two", flush=True)
-        images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
-        optimizer = torch.optim.AdamW(classifier.parameters())
-        for step in range(CLASSIFIER_STEPS):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, CLASSIFIER_STEPS, peak=3e-3)
-            batch = torch.randint(len(images), (128,), device=device)
-            # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not its place. (What
-            # leaves on one side comes back on the other; MNIST's margin is all but empty.)
-            x = torch.roll(from_bytes(images[batch]), torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
-            loss = F.cross_entropy(classifier(x), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        _, features = judge(classifier.eval(), images)
+        say(f"training a classifier of {name}, once")
+        images, labels = load_dataset(name, data_dir)
         path.parent.mkdir(exist_ok=True)
+        classifier = train_classifier(images, labels, classes, device)
+        _, features = judge(classifier, images)
         save({"weights": classifier.state_dict(), "mean": features.mean(dim=0), "cov": features.T.cov()}, path)
     contents = load(path)
     with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
+        classifier = make_classifier(DATASETS[name].image_channels, classes).to(device)
         classifier.load_state_dict(contents["weights"])
-        return classifier.eval(), contents["mean"], contents["cov"]
+        return classifier, contents["mean"], contents["cov"]
 
 
-@torch.inference_mode()
-def denoising_loss(model, images, labels):
-    """The loss of section 4 in five bands of t, of the first 1000 images (N, C, H, W) uint8: {name: text}. labels (N,).
-
-    t and noise come from a fixed seed: two sets of the same size get the same, so that their losses can be compared.
-    """
-    rows, device, T = {}, next(model.parameters()).device, model.config["timesteps"]
-    alphas_cumprod = cumulative_alphas(model.config).float().to(device)
-    x_0, y = from_bytes(images[:1000].to(device)), labels[:1000].to(device)  # enough for two or three digits
-    edges = sorted({T * i // 5 for i in range(6)})
-    for low, high in zip(edges[:-1], edges[1:]):
-        torch.manual_seed(0)
-        rows[f"loss, t {low}..{high - 1}"] = f"{ddpm_loss(model, x_0, y, alphas_cumprod, 0, (low, high)):.4f}"
+def figures(classifier, mean, cov, images, labels, classes):
+    """A column of evaluate's table, for images (N, C, H, W) uint8 with labels (N,): {row: text}."""
+    probabilities, features = judge(classifier, images)
+    right = (probabilities.argmax(dim=1) == labels).double()
+    rows = {"images": f"{len(labels)}", "label accuracy": f"{right.mean():.2%}"}
+    for i, name in enumerate(classes):
+        rows[f"  {name}"] = f"{right[labels == i].mean():.2%}"
+    rows["FID"] = f"{frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov):.3f}"
+    rows["Inception Score"] = f"{inception_score(probabilities):.3f}"
     return rows
 
 
-def draw(model, labels, seeds, args, x_T=None, on_step=None):
-    """Samples in batches, with progress: labels and seeds are lists (N), args as parsed, x_T and on_step as in sample.
+@torch.no_grad()
+def denoising_loss(model, images, labels):
+    """The loss of section 4 on at most 1000 images (N, C, H, W) uint8; t and noise come from a fixed seed."""
+    torch.manual_seed(0)
+    device = model.alphas_cumprod.device
+    return ddpm_loss(model, from_bytes(images[:1000].to(device)), labels[:1000].to(device), class_dropout=0)
 
-    Yields the images one by one, x_0 (C, H, W), on the CPU. An x_T must fit every batch: (1, C, H, W).
-    """
-    started_at = time.monotonic()
+
+def draw(model, labels, args, seeds, x_T=None):
+    """Samples in batches: labels and seeds are lists (N), args as parsed. Yields the images one by one, (C, H, W)."""
+    started_at = said_at = time.monotonic()
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
-        yield from sample(model, labels[part], args.steps, args.eta, args.guidance, args.guidance_interval, seeds[part],
-                          x_T, on_step).cpu()  # fmt: skip
+        yield from sample(model, labels[part], seeds=seeds[part], x_T=x_T, **sampling_options(args)).cpu()
         done = min(start + BATCH, len(labels))
-        show(f"{done} of {len(labels)}, {done / (time.monotonic() - started_at):.1f} images/s", done == len(labels))
+        if done == len(labels) or time.monotonic() - said_at > SAY_EVERY:
+            said_at = time.monotonic()
+            say(f"{done} of {len(labels)}, {done / (said_at - started_at):.1f} images/s")
+
+
+def sampling_options(args):
+    """The flags that are arguments of sample_steps."""
+    return {name: getattr(args, name) for name in ("steps", "eta", "guidance", "guidance_interval")}
 
 
 def evaluate(args):
     """The evaluate command: draws images, judges them beside as many real ones, and prints a table."""
-    model = load_model(args.checkpoint, args.device)
-    name, classes, count = model.config["dataset"], model.config["classes"], args.count
-    if name not in DATASETS or model.config != model.config | DATASETS[name][-1]:  # channels, size, classes
-        raise UserError(f"this model's images are not those of {', '.join(DATASETS)}: nothing to compare them with")
-    classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
-    real, y = {}, torch.arange(count) % len(classes)  # without real images, all classes equally often
+    model = load_and_say(args)
+    config, name = model.config, model.config.dataset
+    if name not in DATASETS or config.classes != DATASETS[name].classes:
+        raise UserError(f"these weights draw no images of {', '.join(DATASETS)}: there is nothing to compare them with")
+    classifier = load_classifier(name, args.data_dir, args.device)
+    real, y = {}, torch.arange(args.count) % len(config.classes)  # without real images, all classes equally often
     try:
-        for part, is_train in ("test images", False), ("training images", True):
+        for part, is_train in ("training images", True), ("test images", False):
             images, labels = load_dataset(name, args.data_dir, is_train)
-            y = y if is_train else labels[torch.arange(count) * len(labels) // count]  # classes about as in the test
-            # At random: MNIST's test set begins with its easier half, and in both sets images of two groups of writers
-            # alternate, so that every tenth image, for example, would be by the same group.
-            chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+            # At random, since images of two groups of writers alternate in MNIST.
+            chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: args.count]
             real[part] = images[chosen], labels[chosen]
+            y = labels[chosen]  # at last, the classes as often as among the test images
     except UserError as error:
-        print(f"figures of real images are missing: {error}")
+        say(f"ddpm.py: warning: no figures of real images: {error}", sys.stderr)
 
-    seen, started_at = [], time.monotonic()  # how many images the network sees, call by call
-    model.register_forward_hook(lambda model, inputs, output: seen.append(len(output)))
-    seeds = range(args.seed * 1_000_000, args.seed * 1_000_000 + count)
-    samples = torch.stack([to_bytes(x_0) for x_0 in draw(model, y.tolist(), seeds, args)])
-    print(f"{sum(seen) / count:g} network evaluations an image, {sum(seen) / (time.monotonic() - started_at):.0f}/s\n")
-
-    table = {}
-    for part, (images, labels) in {"samples": (samples, y), **real}.items():
-        probabilities, features = judge(classifier, images)
-        right = (probabilities.argmax(dim=1) == labels).double()
-        rows = {"": part, "images": f"{len(labels)}", "label accuracy": f"{right.mean():.2%}"}
-        rows |= {f"  {label}": f"{right[labels == i].mean():.2%}" for i, label in enumerate(classes)}
-        rows["FID"] = f"{frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov):.3f}"
-        rows["Inception Score"] = f"{inception_score(probabilities):.3f}"
-        table[part] = rows | (denoising_loss(model, images, labels) if part in real else {})
-    for row in table[part]:  # the last column has all the rows
-        print(f"{row:<24}" + "".join(f"{rows.get(row, ''):>18}" for rows in table.values()))
+    seeds = [args.seed * 1_000_000 + i for i in range(len(y))]
+    samples = torch.stack([to_bytes(x_0) for x_0 in draw(model, y.tolist(), args, seeds)])
+    columns = {"samples": figures(*classifier, samples, y, config.classes)}
+    if "test images" in real:
+        columns["test images"] = figures(*classifier, *real["test images"], config.classes)
+    say(f"{'':<18}" + "".join(f"{title:>18}" for title in columns))
+    for row in columns["samples"]:
+        say(f"{row:<18}" + "".join(f"{column[row]:>18}" for column in columns.values()))
+    for part, (images, labels) in real.items():
+        say(f"denoising loss of {part}: {denoising_loss(model, images, labels):.4f}")
 
 
-# ======================================================================================================================
-# 9. The command line
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. The command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_and_say(args):
+    """The model of --checkpoint, with a line that says which weights it has."""
+    path = args.checkpoint or find_weights()
+    model = load_model(path, args.device)
+    say(f"weights: {path} ({model.config.dataset})")
+    return model
 
 
 def class_number(name, classes):
-    """The number of a class, given its name (lower case in classes) or its number as text. Raises UserError."""
-    names = [str(number) for number in range(len(classes))] + classes
-    if name.lower() not in names:
-        raise UserError(f"there is no class {name!r}: choose 0 to {len(classes) - 1}, or one of {', '.join(classes)}")
-    return names.index(name.lower()) % len(classes)  # first the numbers, then the names in the same order
+    """The number of a class: by its name, or by the number itself where no class is called a number. Raises UserError."""
+    matches = [i for i, known in enumerate(classes) if name == known] or [
+        i for i, known in enumerate(classes) if name.lower() == known.lower()
+    ]
+    if not matches and name.isdecimal() and not any(known.isdecimal() for known in classes):
+        matches = range(len(classes))[int(name) : int(name) + 1]
+    if len(matches) != 1:
+        raise UserError(f"no class, or more than one, is called {name!r}: choose one of {', '.join(classes)}")
+    return matches[0]
+
+
+def check_writable(path):
+    """Makes the folder of path, and raises UserError now, not after the work, if no file can be written there."""
+    with explained(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError("it is a folder")
+        probe = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
+        probe.touch()
+        probe.unlink()
+
+
+def read_hand(model, args):
+    """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError."""
+    name, classes = model.config.dataset, model.config.classes
+    if args.like_label is None or model.config.image_channels != 1:
+        raise UserError("--like needs --like-label, the digit that the image shows, and a model of grey images")
+    number = class_number(args.like_label, classes)
+    x_0 = read_digit(args.like, model.config.image_size)
+    if (ASSETS / f"classifier_{name}.pt").exists():
+        classifier, _, _ = load_classifier(name, None, "cpu")
+        probabilities, _ = judge(classifier, to_bytes(x_0))
+        read = classes[probabilities.argmax().item()]
+        if read != classes[number]:
+            say(f"ddpm.py: warning: {args.like} looks like {read}, so the hand may come out wrong; is there more in it "
+                "than a digit?", sys.stderr)
+    return invert(model, x_0.to(args.device), [number], args.steps)
 
 
 def sample_command(args):
     """The sample command: draws the labels asked for and writes one image file, or a folder of them."""
-    model, out, gif = load_model(args.checkpoint, args.device), args.out, args.gif
-    config, classes = model.config, model.config["classes"]
+    model = load_and_say(args)
     # One label fills a square; several make a row, a number for example, that is drawn count times.
-    row = [class_number(name, classes) for name in args.label or classes]
+    row = [class_number(name, model.config.classes) for name in args.label or model.config.classes]
     columns = len(row) if len(row) > 1 else None
     labels = row * (args.count or (1 if columns or args.like else 16))
-    if out.suffix not in ("", ".png") or gif and (gif.suffix != ".gif" or len(labels) > BATCH):
-        raise UserError(f"--out takes a .png or a folder; --gif a .gif, for {BATCH} images at most, not {len(labels)}")
-    if args.like and not (args.like_label and config["image_channels"] == 1):
-        raise UserError("--like needs --like-label, the digit that the image shows, and a model of grey images")
-    x_T = invert(model, read_digit(args.like, config["image_size"]).to(args.device),
-                 [class_number(args.like_label, classes)], args.steps) if args.like else None  # fmt: skip
-
-    (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
-    (gif or out).parent.mkdir(parents=True, exist_ok=True)
-    # The images of a row start from the same noise: they come out as if one hand had written them.
+    # The images of a row share a seed, so they look as if one hand had written them.
     seeds = [args.seed * 1_000_000 + i // len(row) for i in range(len(labels))]
-    images, frames = [], []
-    on_step = (lambda x_t, x_0_hat: frames.append((x_t.cpu(), x_0_hat[:1].cpu()))) if gif else None
-    for i, x_0 in enumerate(draw(model, labels, seeds, args, x_T, on_step)):
-        if not out.suffix:
-            to_image(x_0[None]).save(out / f"{labels[i]}_{i:05d}.png")
-        if out.suffix or gif:  # a folder may get more images than the memory holds
-            images.append(x_0)
-    if out.suffix:
-        to_image(torch.stack(images), columns).save(out)
-    if gif:
-        save_film([*frames, (torch.stack(images), images[0][None])], gif, columns)
-    print(f"written: {out}" + (f", {gif} and its ten moments" if gif else ""))
+
+    folder = args.out.is_dir() or not args.out.suffix
+    if not folder and args.out.suffix != ".png" or args.gif and args.gif.suffix != ".gif":
+        raise UserError("--out takes a .png or a folder, --gif a .gif")
+    if args.gif and len(labels) > BATCH:
+        raise UserError(f"--gif takes at most {BATCH} images, not {len(labels)}")
+    if folder and any(args.out.glob("*.png")):
+        raise UserError(f"{args.out} has images in it already: choose another --out, or remove them")
+    for path in filter(None, [args.out / "0.png" if folder else args.out, args.gif]):
+        check_writable(path)
+
+    x_T = read_hand(model, args) if args.like else None
+    if args.gif:
+        steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))
+        frames = [(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps]
+        save_film(frames, args.gif, columns)
+        images = frames[-1][0]
+    else:
+        images = draw(model, labels, args, seeds, x_T)
+    if folder:
+        for i, x_0 in enumerate(images):
+            with replacing(args.out / f"{labels[i]}_{i:05d}.png") as temporary:
+                to_image(x_0[None]).save(temporary)
+    else:
+        with replacing(args.out) as temporary:
+            to_image(torch.stack(list(images)), columns).save(temporary)
+    say(f"written: {args.out}" + (f", {args.gif} and its ten moments" if args.gif else ""))
 
 
 def shapes_command(args):
     """The shapes command: runs the network once and prints what each of its blocks gives out."""
-    model = UNet({"channels": args.channels, "schedule": "linear", "timesteps": 1, **DATASETS[args.dataset][-1]})
-    print(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
+    source = DATASETS[args.dataset]
+    size, C = source.image_size, source.image_channels
+    model = UNet(Config(channels=args.channels, image_size=size, image_channels=C))
+    say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
     for name, block in model.named_modules():  # "" is the whole network
         if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
-            line = f"{name or 'total':<14} {{!s:<18}} {sum(p.numel() for p in block.parameters()):>10,}"
+            parameters = sum(p.numel() for p in block.parameters())
+            row = f"{name or 'total':<14} {{!s:<18}} {parameters:>10,}"
             # A hook prints when the block has run, so in the order of the forward pass.
-            block.register_forward_hook(lambda _, inputs, out, line=line: print(line.format(tuple(out.shape[1:]))))
-    sample(model, [0], guidance=1)
+            block.register_forward_hook(lambda _, inputs, out, row=row: say(row.format(tuple(out.shape[1:]))))
+    model(torch.zeros(1, C, size, size), torch.tensor([0]), torch.tensor([0]))
+
+
+def positive_integer(text):
+    if int(text) < 1:
+        raise ValueError  # argparse says "invalid positive_integer value"
+    return int(text)
+
+
+def seed_number(text):
+    if not 0 <= int(text) < 2**31:
+        raise ValueError
+    return int(text)
+
+
+def number_from_0_to_1(text):
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def non_negative_number(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
+CONFIG_FLAGS = {  # fields of Config
+    "dataset": (str, "what to learn"),
+    "epochs": (positive_integer, "passes over the training images"),
+    "batch_size": (positive_integer, "images in a step, of all processes together"),
+    "lr": (number_from_0_to_1, "peak learning rate"),
+    "timesteps": (positive_integer, "T, the number of noising steps"),
+    "schedule": (str, "of the noise"),
+    "channels": (positive_integer, "of the U-Net, a number for each size of the image"),
+    "class_dropout": (number_from_0_to_1, "share of labels to drop; if 0, sample with --guidance 1"),
+    "ema_decay": (number_from_0_to_1, "of the averaged weights, per step"),
+    "seed": (seed_number, "of the random numbers"),
+}
+
+
+class AsTuple(argparse.Action):
+    """Keeps the values of a flag as a tuple, as Config has them."""
+
+    def __call__(self, parser, args, values, option=None):
+        setattr(args, self.dest, tuple(values))
 
 
 def make_parser():
     """The commands and their flags."""
     parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
-    commands = parser.add_subparsers(dest="command", required=True, help="each has its own --help")
-    # Within this function, the commands' names stand for their parsers.
-    train = commands.add_parser("train", help="train a model; write weights, log and samples into a folder")
-    sample = commands.add_parser("sample", help="draw images with trained weights")
-    evaluate = commands.add_parser("evaluate", help="draw images and measure how good they are, beside real ones")
-    shapes = commands.add_parser("shapes", help="show each block's output shape and number of parameters")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", help="each has its own --help")
+    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
 
-    def flag(command, name, help, default=None, **options):
-        help += f" (default: {default})" if default is not None else ""
-        command.add_argument(name, help=help, default=default, **options)
+    def command(name, function, help):
+        subparser = commands.add_parser(name, help=help, description=help)
+        subparser.set_defaults(function=function)
+        return subparser.add_argument
 
-    for name, option in TRAIN_OPTIONS.items():  # what is not given is left out, as a resumed run keeps what it has
-        option = {**option, "default": argparse.SUPPRESS, "help": f"{option['help']} (default: {option['default']})"}
-        train.add_argument("--" + name.replace("_", "-"), **option)
-    flag(train, "--out", "folder of the run (default: runs/DATASET)")
-    flag(train, "--sample-every", "epochs between sample images", 1, type=POSITIVE)
-    flag(train, "--resume", "go on with the run in --out, by its own options", action="store_true")
-    flag(train, "--compile", "use torch.compile: a minute's wait, then faster steps", action="store_true")
+    train_flag = command("train", train, "train a model; write weights, log and samples into a folder")
+    sample_flag = command("sample", sample_command, "draw images with trained weights")
+    evaluate_flag = command("evaluate", evaluate, "draw images and measure how good they are, beside real ones")
+    shapes_flag = command("shapes", shapes_command, "show each block's output shape and number of parameters")
 
-    flag(sample, "--label", "a class, or the classes of a row, by number or name (default: all)", nargs="+")
-    flag(sample, "--count", "images of one label (default: 16; with --like 1), or rows of several (1)", type=POSITIVE)
-    flag(sample, "--like", "write in the hand of this image of a digit, PNG or JPEG", metavar="IMAGE")
-    flag(sample, "--like-label", "the digit that IMAGE shows", metavar="D")
-    flag(sample, "--gif", "a film of the sampling; ten moments of it as PATH_moments.png", type=Path, metavar="PATH")
-    flag(sample, "--out", "a .png file, or a folder to fill", "samples.png", type=Path)
-    # The covariance of 64 features needs more than 64 images, and there are 10,000 test images.
-    flag(evaluate, "--count", "images to draw, and real ones beside them", 10000, type=in_range(int, 65, 10000))
+    for name, (convert, help) in CONFIG_FLAGS.items():
+        default = getattr(Config, name)
+        options = {"type": convert, "help": f"{help} (default: {default})"}
+        options["choices"] = {"dataset": DATASETS, "schedule": SCHEDULES}.get(name)
+        if name == "channels":
+            options |= {"nargs": "+", "action": AsTuple}
+        # A flag of train that is not given is left out of args, since a resumed run keeps what it has.
+        train_flag("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options)
+        if name in ("dataset", "channels"):
+            shapes_flag("--" + name, default=default, **options)
+    train_flag("--out", help="folder of the run (default: runs/DATASET)")
+    train_flag("--sample-every", type=positive_integer, default=1, help="epochs between sample images (default: 1)")
+    train_flag("--resume", action="store_true", help="go on with the run in --out, by its own options")
+    train_flag("--compile", action="store_true", help="use torch.compile: a minute's wait, then faster steps on a GPU")
 
-    for c in sample, evaluate:
-        flag(c, "--checkpoint", "a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
-        flag(c, "--steps", "steps from noise to image, up to T", STEPS, type=POSITIVE)
-        flag(c, "--eta", "scale of the fresh noise: 0 is DDIM; 1, with T steps and S = 1, Algorithm 2", 0.0, type=SHARE)
-        flag(c, "--guidance", "S: 0 unconditional, 1 conditional, more: guided", GUIDANCE, type=in_range(float, 0, 99))
-        flag(c, "--guidance-interval", "shares of T: where S may be above 1", GUIDANCE_INTERVAL, type=SHARE, nargs=2)
-        flag(c, "--seed", **TRAIN_OPTIONS["seed"])
-    for c in train, evaluate:
-        flag(c, "--data-dir", "folder of the data sets; what is not there is downloaded", "data")
-    devices = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    for c in train, sample, evaluate:
-        flag(c, "--device", "where to run", "auto", type=lambda name: name.replace("auto", devices[0]), choices=devices)
-    for name in ("dataset", "channels"):
-        flag(shapes, "--" + name, **TRAIN_OPTIONS[name])
+    sample_flag("--label", nargs="+", metavar="CLASS", help="class, or classes of a row, by name or number (default: all)")
+    sample_flag("--count", type=positive_integer, help="images (default: 16; with --like 1), or rows (default: 1)")
+    sample_flag("--like", metavar="IMAGE", help="write in the hand of this image of a digit, PNG or JPEG")
+    sample_flag("--like-label", metavar="D", help="the digit that IMAGE shows")
+    sample_flag("--gif", type=Path, help="a film of the sampling; ten moments of it become GIF_moments.png")
+    sample_flag("--out", type=Path, default="samples.png", help="a .png file, or a folder to fill (default: samples.png)")
+    evaluate_flag("--count", type=positive_integer, default=10000, help="images, 65 to 10000 (default: 10000)")
+
+    for flag in sample_flag, evaluate_flag:
+        flag("--checkpoint", metavar="PATH", help="a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
+        flag("--steps", type=positive_integer, default=STEPS, help=f"from noise to image, at most T (default: {STEPS})")
+        flag("--eta", type=number_from_0_to_1, default=0, help="fresh noise; 1 with T steps is Algorithm 2 (default: 0)")
+        flag("--guidance", type=non_negative_number, default=GUIDANCE, metavar="S", help=f"0 unconditional, 1 conditional, above 1 guided (default: {GUIDANCE})")
+        flag("--guidance-interval", type=number_from_0_to_1, default=GUIDANCE_INTERVAL, nargs=2, metavar=("LO", "HI"), help=f"shares of T between which S may be above 1 (default: {GUIDANCE_INTERVAL})")
+        flag("--seed", type=seed_number, default=0, help="of the random numbers (default: 0)")
+    for flag in train_flag, evaluate_flag:
+        flag("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded (default: data)")
+    for flag in train_flag, sample_flag, evaluate_flag:
+        flag("--device", choices=devices, default=devices[0], help=f"where to run (default: {devices[0]})")
     return parser
+
+
+HINTS = {  # what PyTorch says: what to do about it
+    "out of memory": "out of memory: choose a smaller --batch-size or --channels, or a smaller --count",
+    "can't allocate memory": "out of memory: choose a smaller --batch-size or --channels, or a smaller --count",
+    "compiler": "--compile found no compiler that it needs: install one, or leave it out",
+    "riton": "--compile found no Triton, which it needs on a GPU: install it, or leave it out",
+}
 
 
 def main(argv=None):
     """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 error, 130 stopped.
 
-    A wrong flag exits at once, with status 2 (argparse).
+    A wrong flag exits at once, with status 2 (argparse). What nobody foresaw keeps its traceback.
     """
     args = make_parser().parse_args(argv)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    commands = {"train": train, "sample": sample_command, "evaluate": evaluate, "shapes": shapes_command}
     try:
-        return commands[args.command](args) or 0
-    except (UserError, OSError) as error:
-        print(f"ddpm.py: error: {error}", file=sys.stderr)
-        return 1
+        return args.function(args) or 0
     except KeyboardInterrupt:
-        print("ddpm.py: stopped; what is written stays", file=sys.stderr)
+        say("ddpm.py: stopped; what is written stays", sys.stderr)
         return 130
-    finally:
-        for number, handler in handlers.items():  # train has its own; a notebook goes on after it
-            if signal.getsignal(number) != handler:
-                signal.signal(number, handler)
+    except UserError as error:
+        message = error
+    except (MemoryError, RuntimeError) as error:
+        text = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
+        hints = [hint for part, hint in HINTS.items() if part in text]
+        if not hints:
+            raise
+        message = hints[0]
+    say(f"ddpm.py: error: {message}", sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
