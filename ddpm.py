@@ -161,7 +161,7 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         │ downsample.2                                                                ▲ upsample.2
 #     (256, 4, 4) ─── encoder.3 ───────────────────── skip ───────────────────── decoder.3
 #         │                                                                             ▲
-#         └──────────── middle_in (residual) ── attention ── middle_out (residual) ─────┘
+#         └────────────────── middle (residual block) ── attention ─────────────────────┘
 #
 # The encoder, the decoder and the middle consist of residual blocks, and t and y enter each of them: what counts as
 # noise in x_t depends on both. The activation is SiLU(x) = x · sigmoid(x), a smooth relative of ReLU.
@@ -290,9 +290,8 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList([ResBlock(c, c, emb_dim) for c in channels])
         pairs = list(zip(channels[:-1], channels[1:]))  # (32, 64), (64, 128), (128, 256)
         self.downsample = nn.ModuleList([nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in pairs])
-        self.middle_in = ResBlock(channels[-1], channels[-1], emb_dim)
+        self.middle = ResBlock(channels[-1], channels[-1], emb_dim)
         self.attention = Attention(channels[-1])
-        self.middle_out = ResBlock(channels[-1], channels[-1], emb_dim)
         self.decoder = nn.ModuleList([ResBlock(2 * c, c, emb_dim) for c in channels])
         self.upsample = nn.ModuleList([nn.Conv2d(wider, c, 1) for c, wider in pairs])
         self.norm_out = group_norm(channels[0])
@@ -310,9 +309,8 @@ class UNet(nn.Module):
             h = block(h, t_emb, y_emb)
             skips.append(h)
 
-        h = self.middle_in(h, t_emb, y_emb)  # (B, 256, 4, 4)
+        h = self.middle(h, t_emb, y_emb)  # (B, 256, 4, 4)
         h = self.attention(h)
-        h = self.middle_out(h, t_emb, y_emb)
 
         for level in reversed(range(len(self.decoder))):
             h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4) first
@@ -542,17 +540,23 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 20, 1.4, (0.2, 0.6)  # the defaults; the interval is in shares of T
 
 
-def half_precision(device):
-    """A context in which the network computes in bfloat16, if the device has it in hardware.
+def has_bfloat16(device):
+    """Whether the device has bfloat16 in hardware, as CUDA GPUs from Ampere on and CPUs with AVX512_BF16 do.
 
-    CUDA GPUs have it from Ampere on, CPUs with AVX512_BF16. Convolutions are faster in it. It has the range of float32
-    with 8 bits of precision; an error of v keeps its size in x_0_hat (section 3), so that is enough. Only the layers
-    compute in it: the last line of UNet.forward returns float32, and so the arithmetic of the samplers is in float32.
+    Convolutions are faster in it. It has the range of float32, but only 8 bits of precision. That is enough inside the
+    network: an error of v keeps its size in x_0_hat (section 3).
     """
-    supported = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
-        supported = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.autocast(device.type, torch.bfloat16, enabled=supported)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def half_precision(device):
+    """A context in which the layers compute in bfloat16, if the device has it.
+
+    The last line of UNet.forward returns float32 all the same, and so the samplers and the loss compute in float32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def guided(model, scale, interval=GUIDANCE_INTERVAL):
@@ -720,13 +724,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix):
-    """The matrix with its singular values replaced by about 1 (0.7 to 1.2): five steps of a Newton-Schulz iteration.
+    """The matrix with its singular values brought close to 1, by three steps of a Newton-Schulz iteration.
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has their cubes.
-    It pushes those in (0, 1] towards 1. The coefficients are Jordan's. The multiplications are in bfloat16.
+    Three steps make small ones up to 40 times as large, and keep large ones near 1. The coefficients are Jordan's.
     """
-    X = (matrix / (matrix.norm() + 1e-7)).bfloat16()  # no singular value is above 1; a gradient can be 0
-    for _ in range(5):
+    dtype = torch.bfloat16 if has_bfloat16(matrix.device) else matrix.dtype
+    X = (matrix / (matrix.norm() + 1e-7)).to(dtype)  # no singular value is above 1; the first gradients are 0
+    for _ in range(3):
         A = X @ X.T
         B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)  # -4.7750 A + 2.0315 A A
         X = torch.addmm(X, B, X, beta=3.4445)  # 3.4445 X + B X
@@ -782,10 +787,9 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 import zlib
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -1041,97 +1045,57 @@ def read_digit(path, size=28):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # train, at the end of this section, is Algorithm 1 with a report. Before it stands what a run needs besides: its state,
-# its options, its folder, its signals and its processes.
-
+# its options, its batches, its files, its signals and its processes.
 
 class Run:
-    """The state of a training run, and the folder that keeps it.
+    """The state of a training run: all that the next step depends on, except the images."""
 
-    All randomness follows from the seed and the number of the step, so a resumed run needs no state of a generator.
-    """
-
-    def __init__(self, config, out, images, labels, device, rank, processes):
-        self.config, self.out, self.rank, self.processes = config, out, rank, processes
-        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))  # of the data that the run began with
-        self.images = images.to(device)
-        self.labels = labels.to(device)
-        self.batch_size = min(config.batch_size, len(images))
-        self.steps_per_epoch = len(images) // self.batch_size  # the remainder, other images in each epoch, is skipped
-        self.total_steps = config.epochs * self.steps_per_epoch
-
+    def __init__(self, config, checksum, device):
         torch.manual_seed(config.seed)
+        self.config = config
+        self.checksum = checksum  # of the images and labels
         self.model = UNet(config).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = make_optimizers(self.model)
-        self.parts = [self.model, self.ema, *self.optimizers]  # what checkpoint.pt keeps of them is their state_dict
+        self.parts = [self.model, self.ema, *self.optimizers]
         self.step = 0  # steps done
         self.loss_sum = torch.zeros((), device=device)  # since the epoch began
         self.history = ["epoch,step,loss,lr,images_per_s"]  # the lines of log.csv
-        self.saved_step, self.saved_at = 0, time.monotonic()
 
-    def next_batch(self):
-        """The images x_0 (B, C, H, W) and classes y (B,) of the next step: this process's share of the batch."""
-        epoch, position = divmod(self.step, self.steps_per_epoch)
-        # Of integers, unlike text, Python's hash is the same in every process.
-        shuffle = torch.Generator().manual_seed(hash((self.config.seed, epoch)))
-        order = torch.randperm(len(self.images), generator=shuffle)
-        batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-        share = batch[self.rank :: self.processes].to(self.images.device)
-        torch.manual_seed(hash((self.config.seed, self.step, self.rank)))  # for t, the noise and the dropped labels
-        return from_bytes(self.images[share]), self.labels[share]
-
-    def report(self):
-        """Prints where the run is. At the end of an epoch, adds a line to log.csv and begins the mean loss anew."""
-        epoch, position = divmod(self.step - 1, self.steps_per_epoch)
-        loss = self.loss_sum.item() / (position + 1)  # waits for the device, so the clock is read after it
-        rate = (self.step - self.saved_step) * self.batch_size / (time.monotonic() - self.saved_at)
-        minutes = (self.total_steps - self.step) * self.batch_size / rate / 60
-        say(f"epoch {epoch + 1}  step {self.step}  loss {loss:.4f}  {rate:.0f} images/s  {minutes:.1f} min left")
-        if position + 1 == self.steps_per_epoch:
-            lr = self.config.lr * learning_rate(self.step - 1, self.total_steps)
-            self.history.append(f"{epoch + 1},{self.step},{loss:.6f},{lr:.3e},{rate:.0f}")
-            self.loss_sum.zero_()
-
-    def save(self):
+    def save(self, path):
         """Writes checkpoint.pt, from which a run goes on as if it had never stopped. Raises UserError."""
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
-            raise UserError(f"diverged after step {self.saved_step}, the last save: start anew with a lower --lr")
-        state = {
-            "config": asdict(self.config),
-            "parts": [part.state_dict() for part in self.parts],
-            "step": self.step,
-            "loss_sum": self.loss_sum.item(),
-            "history": self.history,
-            "data": self.checksum,
-        }
-        save(state, self.out / "checkpoint.pt")
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+            raise UserError("the training has diverged since the last save: begin a new run with a lower --lr")
+        state = {"config": asdict(self.config), "checksum": self.checksum, "step": self.step, "history": self.history}
+        state["loss_sum"] = self.loss_sum.item()
+        state["parts"] = [part.state_dict() for part in self.parts]
+        save(state, path)
 
-    def restore(self, saved):
-        """Takes over what save wrote. Raises UserError when it does not fit, or the data is other data."""
-        with explained(f"cannot go on with {self.out / 'checkpoint.pt'}"):
-            if saved["data"] != self.checksum:
-                raise ValueError("the run began with other images or labels than those in --data-dir")
-            for part, state in zip(self.parts, saved["parts"]):
-                part.load_state_dict(state)
-            self.step, self.history = saved["step"], saved["history"]
-            self.loss_sum += saved["loss_sum"]
-        self.saved_step = self.step
+    def restore(self, state):
+        """Takes over what save wrote. Raises UserError when it does not fit, or belongs to other data."""
+        if state["checksum"] != self.checksum:
+            raise UserError("the run began with other images or labels than those in --data-dir")
+        with explained("this ddpm.py cannot go on with the run"):
+            for part, saved in zip(self.parts, state["parts"]):
+                part.load_state_dict(saved)
+        self.step, self.history = state["step"], state["history"]
+        self.loss_sum += state["loss_sum"]
 
-    def write_outputs(self, sample_every):
-        """Writes the other files; True if it could. They follow from the state, so they can be made at any later time."""
+    def write_outputs(self, out, with_samples):
+        """Writes the other files, and returns whether it could. They follow from the state, so that what cannot be
+        written now, since another program holds it, is made at the next save or by --resume."""
         weights = {name: tensor.half() for name, tensor in self.ema.state_dict().items()}
-        epoch, position = divmod(self.step, self.steps_per_epoch)
         try:
-            save({"config": asdict(self.config), "weights": weights}, self.out / "weights.pt")
-            if position == 0 and (epoch % sample_every == 0 or self.step == self.total_steps):
+            save({"config": asdict(self.config), "weights": weights}, out / "weights.pt")
+            if with_samples:
                 # Each class five times, from the same noise each time, so that epochs can be compared; and without
                 # guidance, to see what the network itself can do.
                 n = len(self.config.classes)
-                images = sample(self.ema, list(range(n)) * 5, guidance=1)
-                with replacing(self.out / f"samples_{epoch:03d}.png") as temporary:
-                    to_image(images, columns=n).save(temporary)
-            with replacing(self.out / "log.csv") as temporary:
+                samples = to_image(sample(self.ema, list(range(n)) * 5, guidance=1), columns=n)
+                epoch = len(self.history) - 1
+                with replacing(out / f"samples_{epoch:03d}.png") as temporary:
+                    samples.save(temporary)
+            with replacing(out / "log.csv") as temporary:
                 temporary.write_text("\n".join(self.history) + "\n")
         except UserError as error:
             say(f"ddpm.py: warning: {error}", sys.stderr)
@@ -1139,31 +1103,40 @@ class Run:
         return True
 
 
-def settle_config(args, out):
-    """The Config of the run that args ask for; and what checkpoint.pt holds if the run is to be resumed, else None."""
+def settle_config(args, saved):
+    """The Config of the run that args ask for, where saved is the checkpoint to go on from, or None. Raises UserError."""
     given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    if not args.resume:
+    if not saved:
         source = DATASETS[given.get("dataset", Config.dataset)]
         images = {name: getattr(source, name) for name in ("image_channels", "image_size", "classes")}
-        return Config(**given, **images), None
-    saved = load(out / "checkpoint.pt")
-    with explained(f"{out} holds no run that can go on like this"):
-        config = Config(**saved["config"])
-        if config.dataset not in DATASETS:
-            raise ValueError(f"there is no data set {config.dataset}")
-        for name, value in given.items():
-            if name != "epochs" and value != getattr(config, name):
-                raise ValueError(f"it began with another {name}, {getattr(config, name)}: leave that flag out")
-    config.epochs = given.get("epochs", config.epochs)
-    return config, saved
+        return Config(**given, **images)
+    for name, value in given.items():
+        if name != "epochs" and value != saved["config"][name]:
+            raise UserError(f"the run began with another {name}, {saved['config'][name]}: leave that flag out")
+    return Config(**saved["config"] | given)
+
+
+def batch_of(step, images, labels, config, rank, processes):
+    """The images x_0 (B, C, H, W) and classes y (B,) of a step: this process's share of the batch.
+
+    All randomness follows from the seed and the number of the step, so a resumed run needs no state of a generator.
+    """
+    steps_per_epoch = max(1, len(images) // config.batch_size)  # the remainder, other images in each epoch, is skipped
+    epoch, position = divmod(step, steps_per_epoch)
+    shuffle = torch.Generator().manual_seed(hash((config.seed, epoch)))  # Python's hash of integers is always the same
+    order = torch.randperm(len(images), generator=shuffle)
+    batch = order[position * config.batch_size :][: config.batch_size]
+    share = batch[rank::processes].to(images.device)
+    torch.manual_seed(hash((config.seed, step, rank)))  # for t, the noise and the dropped labels
+    return from_bytes(images[share]), labels[share]
 
 
 def claim(out):
-    """Makes the folder of a new run. Raises UserError if there is anything in it, a run for example."""
-    with explained(f"cannot begin a run in {out}"):
+    """Makes the folder of a new run. Raises UserError if there is anything in it, another run for example."""
+    with explained(f"cannot begin a run in {out}: add --resume to go on with one, or choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
-            raise ValueError("the folder is not empty: add --resume to go on with a run in it, or choose another --out")
+            raise ValueError("the folder is not empty")
         (out / "log.csv").touch(exist_ok=False)  # fails if another process has been faster
 
 
@@ -1174,10 +1147,10 @@ def stop_requests():
     A signal that was ignored when the program started, as under nohup, stays ignored. Afterwards, all are as before.
     """
     received, handlers = [], {}
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            with suppress(ValueError):  # only the main thread may do this
                 handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield received
@@ -1190,18 +1163,12 @@ def join_processes(device, rank, processes):
     """Joins the processes that torchrun started: waits until all are here, and returns this one's device."""
     if processes == 1:
         return device
-    with explained("WORLD_SIZE is set, but there are no other processes to be found: start them with torchrun"):
+    with explained("WORLD_SIZE is set, but the other processes cannot be found: start them with torchrun"):
         backend = "gloo"
         if device.type == "cuda":
             backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(backend, rank=rank, world_size=processes)
     return device
-
-
-def sum_over_processes(tensor):
-    """Replaces a tensor by its sum over all processes. Raises UserError when one of them is gone."""
-    with explained("another process is gone; --resume goes on from the last save"):
-        torch.distributed.all_reduce(tensor)
 
 
 def share_gradients(model, processes):
@@ -1212,7 +1179,7 @@ def share_gradients(model, processes):
     """
 
     def average(parameter):
-        sum_over_processes(parameter.grad)
+        torch.distributed.all_reduce(parameter.grad)  # their sum
         parameter.grad /= processes
 
     for parameter in model.parameters():
@@ -1223,8 +1190,31 @@ def agreed(stop, processes, device):
     """Whether any process was asked to stop. All have to leave after the same step, since each waits for the others."""
     asked = torch.tensor(len(stop), device=device)
     if processes > 1:
-        sum_over_processes(asked)
+        torch.distributed.all_reduce(asked)
     return asked.item() > 0
+
+
+def begin(args, out, rank, processes):
+    """Begins or resumes the run that args ask for. Returns a Run, and images and labels on its device. Raises UserError."""
+    saved = load(out / "checkpoint.pt") if args.resume else None
+    config = settle_config(args, saved)
+    if config.batch_size % processes:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {processes} processes")
+    if rank == 0:
+        if not saved:
+            claim(out)
+        say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
+        load_dataset(config.dataset, args.data_dir)  # before the others, so that one process alone downloads
+    device = join_processes(torch.device(args.device), rank, processes)
+    images, labels = load_dataset(config.dataset, args.data_dir)
+    run = Run(config, zlib.crc32(labels.numpy(), zlib.crc32(images.numpy())), device)
+    if saved:
+        run.restore(saved)
+    if processes > 1:
+        share_gradients(run.model, processes)
+    if args.compile:
+        run.model.compile()
+    return run, images.to(device), labels.to(device)
 
 
 def train(args):
@@ -1233,49 +1223,52 @@ def train(args):
     args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError.
     """
     out = Path(args.out or f"runs/{getattr(args, 'dataset', Config.dataset)}")
-    config, saved = settle_config(args, out)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % processes:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {processes} processes")
-    # Of several processes, number 0 owns the folder, downloads, reports and saves. The others are silent.
-    silence = redirect_stdout(io.StringIO()) if rank > 0 else nullcontext()
-    with silence, stop_requests() as stop:
-        if rank == 0 and not saved:
-            claim(out)
-        say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
-        data = load_dataset(config.dataset, args.data_dir) if rank == 0 else None
-        device = join_processes(torch.device(args.device), rank, processes)
-        images, labels = data or load_dataset(config.dataset, args.data_dir)
-        run = Run(config, out, images, labels, device, rank, processes)
-        if saved:
-            run.restore(saved)
-        if processes > 1:
-            share_gradients(run.model, processes)
-        if args.compile:
-            run.model.compile()
-        written = True
-        if rank == 0:
-            run.save()
-            written = run.step == 0 or run.write_outputs(args.sample_every)
-        say(f"training on {device}, into {out}: {len(images)} images, step {run.step} of {run.total_steps}")
+    run, images, labels = begin(args, out, rank, processes)
+    B = run.config.batch_size
+    steps_per_epoch = max(1, len(images) // B)
+    total_steps = run.config.epochs * steps_per_epoch
 
-        said_at, stopping = 0, False
-        while run.step < run.total_steps and not stopping:
-            x_0, y = run.next_batch()
-            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, run.step, run.total_steps)
+    def keep():
+        """Saves the run; True if all of its files could be written."""
+        run.save(out / "checkpoint.pt")
+        if run.step == 0:
+            return True
+        epoch, position = divmod(run.step, steps_per_epoch)
+        due = epoch % args.sample_every == 0 or run.step == total_steps
+        return run.write_outputs(out, with_samples=position == 0 and due)
+
+    written = rank > 0 or keep()
+    first_step, stopping = run.step, False
+    started_at = saved_at = said_at = time.monotonic()
+    with stop_requests() as stop:
+        while run.step < total_steps and not stopping:
+            x_0, y = batch_of(run.step, images, labels, run.config, rank, processes)
+            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, run.step, total_steps)
             run.step += 1
 
-            stopping = agreed(stop, processes, device)
-            save_now = run.step % run.steps_per_epoch == 0 or stopping or time.monotonic() - run.saved_at > SAVE_EVERY
-            if rank == 0 and (save_now or time.monotonic() - said_at > SAY_EVERY):
-                run.report()
-                said_at = time.monotonic()
-            if rank == 0 and save_now:
-                run.save()
-                written = run.write_outputs(args.sample_every)
+            stopping = agreed(stop, processes, images.device)
+            end_of_epoch = run.step % steps_per_epoch == 0
+            save_now = end_of_epoch or stopping or time.monotonic() - saved_at > SAVE_EVERY
+            if rank > 0 or not (save_now or time.monotonic() - said_at > SAY_EVERY):
+                continue
+            loss = run.loss_sum.item() / ((run.step - 1) % steps_per_epoch + 1)  # waits for the device
+            said_at = time.monotonic()
+            rate = (run.step - first_step) * B / (said_at - started_at)
+            minutes = (total_steps - run.step) * B / rate / 60
+            say(f"step {run.step} of {total_steps}  loss {loss:.4f}  {rate:.0f} images/s  {minutes:.1f} min left")
+            if end_of_epoch:
+                lr = run.config.lr * learning_rate(run.step - 1, total_steps)
+                run.history.append(f"{run.step // steps_per_epoch},{run.step},{loss:.6f},{lr:.3e},{rate:.0f}")
+                run.loss_sum.zero_()
+            if save_now:
+                written = keep()
+                saved_at = time.monotonic()
 
-    if run.step < run.total_steps:
-        say(f"stopped at step {run.step} of {run.total_steps}; go on with the same command and --resume")
+    if rank > 0:
+        return 0
+    if run.step < total_steps:
+        say(f"stopped at step {run.step} of {total_steps}; go on with the same command and --resume")
         return 130
     if not written:
         raise UserError("the training is done, but not all files could be written: --resume writes them")
