@@ -65,6 +65,9 @@ class Config:
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
     seed: int = 0  # of the random numbers
 
+    def __post_init__(self):
+        self.channels = tuple(self.channels)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The noise schedule
@@ -564,7 +567,7 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
 
     scale is S >= 0. Where t/T lies outside interval (low, high), S is at most 1. All images of a batch have the same t.
     """
-    low, high = interval
+    low, high = sorted(interval)
 
     def eps_hat(x_t, t, y):
         inside = low <= t[0].item() / model.config.timesteps <= high
@@ -789,16 +792,15 @@ import socket
 import sys
 import time
 import zlib
-from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps, ImageStat
+from PIL import Image, ImageFilter, ImageOps
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 BATCH = 256  # images that are drawn, or judged, at once
-SAY_EVERY, SAVE_EVERY = 20, 300  # seconds between lines of progress, and between saves of a run
 
 
 class UserError(ValueError):
@@ -825,7 +827,7 @@ def say(text, stream=None):
     except UnicodeEncodeError:  # the code page lacks a character
         say(ascii(text), stream)
     except Exception:  # closed, full or odd
-        with suppress(Exception):  # What is still in its buffer would fail again when Python exits.
+        with suppress(Exception):  # what is still in its buffer would fail again when Python exits
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -855,7 +857,7 @@ IDX = "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-image
 CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DATASETS = {
-    "mnist": Dataset("MNIST", "MNIST/raw", IDX, 1, 28, tuple("0123456789")),
+    "mnist": Dataset("MNIST", "MNIST/raw", IDX, 1, 28, Config.classes),
     "fashion-mnist": Dataset("FashionMNIST", "FashionMNIST/raw", IDX, 1, 28, CLOTHES),
     "cifar10": Dataset("CIFAR10", "", "cifar-10-python.tar.gz", 3, 32, THINGS),
 }
@@ -864,23 +866,22 @@ DATASETS = {
 def load_dataset(name, data_dir, train=True):
     """Reads a data set through torchvision, which downloads it if it is not there.
 
-    Returns images (N, C, H, W) uint8 and labels (N,) int64, on the CPU. Raises UserError when it cannot be had or read.
+    Returns images (N, C, H, W) uint8 and labels (N,) int64, on the CPU. Raises UserError when it is unavailable.
     """
-    source = DATASETS[name]
-    timeout = socket.getdefaulttimeout()
+    if name not in DATASETS:
+        raise UserError(f"there is no data set called {name}")
+    source, timeout = DATASETS[name], socket.getdefaulttimeout()
     with explained(f"cannot read or download {name}: put {source.files} into {Path(data_dir, source.folder)}"):
         import torchvision  # not above, since it takes as long to import as torch, and sampling needs none of it
 
-        dataset_class = getattr(torchvision.datasets, source.torchvision_name)
         socket.setdefaulttimeout(30)  # seconds; torchvision would wait forever
         try:
-            with redirect_stdout(io.StringIO()):
-                dataset = dataset_class(data_dir, train=train, download=True)
+            dataset = getattr(torchvision.datasets, source.torchvision_name)(data_dir, train=train, download=True)
         finally:
             socket.setdefaulttimeout(timeout)
-        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-        # (N, H, W) if grey, (N, H, W, 3) if in colour
-        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        labels = torch.as_tensor(dataset.targets)
+        images = torch.as_tensor(dataset.data)  # (N, H, W) if grey, (N, H, W, C) in colour
+        images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)  # (N, C, H, W)
         shape = (len(labels), source.image_channels, source.image_size, source.image_size)
         if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(source.classes):
             raise ValueError(f"images {tuple(images.shape)} and {len(labels)} labels do not fit each other or the set")
@@ -888,24 +889,31 @@ def load_dataset(name, data_dir, train=True):
 
 
 # Files. A run leaves two files to be loaded. weights.pt is for sampling: the averaged weights in half precision, and the
-# Config. checkpoint.pt is for resuming, and each of its parts is missed if it is not there: without the optimizers'
-# averages, the next steps have wrong directions and lengths; without the trained weights, training goes on from the
-# averaged ones; without the averaged weights, the average starts anew; without the number of the step, the learning rate
-# and the order of the images start anew. Both files hold tensors and plain values and are read with weights_only=True,
-# since a pickle can run any program.
+# Config. checkpoint.pt is for resuming, and each of its parts would be missed: without the optimizers' averages, the next
+# steps have wrong directions and lengths; without the trained weights, training goes on from the averaged ones; without
+# the averaged weights, the average starts anew; without the number of the step, so do the learning rate and the order of
+# the images. Both files hold tensors and plain values and are read with weights_only=True, since a pickle can run any
+# program.
 
 FORMAT = 2  # in each file, so that another edition of this program can refuse it
 
 
 @contextmanager
 def replacing(path):
-    """with replacing(path) as temporary: write that file. Then it becomes path, which is never half written."""
-    temporary = path.with_suffix(".partial" + path.suffix)
+    """with replacing(path) as file: write to it, in memory; then it becomes the file path, which is never half written.
+
+    Raises UserError at once if no file can be written there, before the work that makes its contents.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with explained(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
     try:
-        with explained(f"cannot write {path}"):
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())  # on the disk, not just on its way there, before the old file is given up
+        file = io.BytesIO()
+        yield file
+        with explained(f"cannot write {path}"), open(temporary, "wb") as disk:
+            disk.write(file.getvalue())
+            os.fsync(disk.fileno())  # on the disk, not just on its way there, before the old file is given up
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -913,8 +921,8 @@ def replacing(path):
 
 def save(contents, path):
     """Writes a dictionary of tensors and plain values. Raises UserError."""
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT, **contents}, temporary)
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **contents}, file)
 
 
 def load(path):
@@ -922,7 +930,7 @@ def load(path):
     with explained(f"cannot read {path} as a file of this ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         if contents["format"] != FORMAT:
-            raise ValueError(f"it has format {contents['format']} and not {FORMAT}: its network predicts something else")
+            raise ValueError("it is of another edition, whose network predicts something else")
     return contents
 
 
@@ -938,16 +946,14 @@ def load_model(path=None, device="cpu"):
     """
     path = path or find_weights()
     contents = load(path)
-    with explained(f"{path} holds no weights for the network of this ddpm.py"):
-        if "weights" not in contents:
-            raise ValueError("if it is the checkpoint.pt of a run, give the weights.pt beside it")
+    with explained(f"{path} holds no weights for the network of this ddpm.py; of a run, give the weights.pt"):
         config = Config(**contents["config"])
         if config.prediction != Config.prediction:
             raise ValueError(f"its last layer predicts {config.prediction}, not {Config.prediction}")
         with torch.random.fork_rng(devices=[]):  # the first weights are random; the caller's random numbers stay
             model = UNet(config).float()
         model.load_state_dict(contents["weights"])
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device).requires_grad_(False)
 
 
 def from_bytes(images):
@@ -962,15 +968,12 @@ def to_bytes(x):
 
 def to_image(x, columns=None):
     """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default about a square."""
-    N, C, H, W = x.shape
-    columns = columns or math.ceil(math.sqrt(N))
-    rows = math.ceil(N / columns)
-    cells = torch.zeros(rows * columns, C, H + 2, W + 2, dtype=torch.uint8)  # two black pixels after each image
-    cells[:N, :, :H, :W] = to_bytes(x)
-    cells = cells.view(rows, columns, C, H + 2, W + 2)
-    grid = cells.permute(0, 3, 1, 4, 2).reshape(rows * (H + 2), columns * (W + 2), C)
-    grid = grid[:-2, :-2].squeeze(2)  # (height, width) if grey, (height, width, 3) if in colour
-    return Image.fromarray(grid.numpy())
+    columns = columns or math.ceil(math.sqrt(len(x)))
+    missing = -len(x) % columns  # in the last row
+    cells = F.pad(to_bytes(x), (0, 2, 0, 2, 0, 0, 0, missing))  # (rows·columns, C, H+2, W+2): two black pixels between
+    rows = [torch.cat(list(row), dim=2) for row in cells.split(columns)]  # each (C, H+2, width)
+    grid = torch.cat(rows, dim=1)[:, :-2, :-2]  # (C, height, width)
+    return Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
 
 
 def generate_number(model, label, seed=0):
@@ -981,21 +984,14 @@ def generate_number(model, label, seed=0):
     return to_image(sample(model, [class_number(str(label), model.config.classes)], seeds=[seed]))
 
 
-def save_film(frames, path, columns):
-    """Writes the steps of a sampling: a GIF of x_t that ends with two seconds of the last frame; and ten moments of the
-    first image, x_t above, x_0_hat below, as film_moments.png beside film.gif.
+def save_film(frames, file, columns):
+    """Writes the steps of a sampling as a GIF: x_t above, x_0_hat below, and two seconds of the last step at the end.
 
-    frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image; path ends in .gif.
+    frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image.
     """
-    x_ts, x_0_hats = zip(*frames)
-    film = [ImageOps.scale(to_image(x_t, columns), 3, Image.Resampling.NEAREST) for x_t in x_ts]
+    film = [ImageOps.scale(to_image(torch.cat(pair), columns), 3, Image.Resampling.NEAREST) for pair in frames]
     milliseconds = [max(20, 4000 // len(film))] * (len(film) - 1) + [2000]
-    with replacing(path) as temporary:
-        film[0].save(temporary, save_all=True, append_images=film[1:], duration=milliseconds)
-    moments = torch.linspace(0, len(frames) - 1, min(10, len(frames))).int().tolist()
-    strip = [x[i][:1] for x in (x_ts, x_0_hats) for i in moments]
-    with replacing(path.with_name(path.stem + "_moments.png")) as temporary:
-        to_image(torch.cat(strip), columns=len(moments)).save(temporary)
+    film[0].save(file, "GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
 
 
 def read_digit(path, size=28):
@@ -1012,31 +1008,26 @@ def read_digit(path, size=28):
         if image.mode[0] in "IF":  # 16 or 32 bits: stretch what the image uses of them to 8
             values = np.asarray(image, np.float64)
             image = Image.fromarray(np.interp(values, (values.min(), values.max()), (0, 255)).astype(np.uint8))
-        image = image.convert("RGBA")
+        grey, alpha = image.convert("LA").split()
         # A transparent ground becomes white or black, whichever the ink stands out from.
-        grounds = [Image.new("RGBA", image.size, colour) for colour in ("white", "black")]
-        greys = [Image.alpha_composite(ground, image).convert("L") for ground in grounds]
-        grey = max(greys, key=lambda grey: ImageStat.Stat(grey).stddev)
+        ground = 255 if np.average(grey, weights=alpha) < 128 else 0
+        grey = Image.composite(grey, Image.new("L", grey.size, ground), alpha)
         grey.thumbnail((200, 200))
-    # Light is seldom even. The paper is the median of a wide neighbourhood, and ink is what differs from the paper, in
-    # the direction in which it differs more.
+    # Light is seldom even, so the paper is the median of a wide neighbourhood. Ink is what differs from it, in the
+    # direction in which it differs more.
     paper = grey.resize((32, 32)).filter(ImageFilter.MedianFilter(17)).resize(grey.size)
-    ink = np.asarray(grey, np.float64) - np.asarray(paper, np.float64)  # (height, width)
-    ink = ink if ink.max() > -ink.min() else -ink
+    ink = np.asarray(grey, np.float32) - np.asarray(paper, np.float32)  # (height, width)
+    ink = max(ink, -ink, key=np.max)
     if ink.max() < 40:
         raise UserError(f"{path} shows no digit: nothing in it stands out from its ground")
-    ink = Image.fromarray((255 * (ink / ink.max() - 0.15).clip(0)).astype(np.uint8))  # without the grain of the paper
-    box = ink.point(lambda value: 255 * (value > 12)).getbbox()
-    digit = ImageOps.contain(ink.crop(box), (20 * size // 28, 20 * size // 28), Image.Resampling.BILINEAR)
-    pixels = np.asarray(digit, np.float32)
-    pixels = (pixels / np.median(pixels[pixels > 0.3 * pixels.max()])).clip(0, 1)  # strokes as white as in MNIST
-    height, width = pixels.shape
-    centre_row = np.average(np.arange(height), weights=pixels.sum(axis=1))
-    centre_column = np.average(np.arange(width), weights=pixels.sum(axis=0))
-    top = min(max(0, round(size / 2 - centre_row)), size - height)
-    left = min(max(0, round(size / 2 - centre_column)), size - width)
+    ink = Image.fromarray((ink / ink.max() - 0.15).clip(0))  # without the grain of the paper
+    side = 20 * size // 28
+    digit = np.asarray(ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR))
+    digit = (digit / np.median(digit[digit > 0.3 * digit.max()])).clip(0, 1)  # strokes as white as in MNIST
+    centre_of_mass = [np.average(index, weights=digit) for index in np.indices(digit.shape)]
+    top, left = [min(max(0, round(size / 2 - c)), size - n) for c, n in zip(centre_of_mass, digit.shape)]
     x_0 = torch.full((1, 1, size, size), -1.0, dtype=torch.float32)
-    x_0[0, 0, top : top + height, left : left + width] = torch.from_numpy(pixels * 2 - 1)
+    x_0[0, 0, top : top + digit.shape[0], left : left + digit.shape[1]] = torch.from_numpy(digit * 2 - 1)
     return x_0
 
 
@@ -1044,91 +1035,99 @@ def read_digit(path, size=28):
 # 11. A run
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# train, at the end of this section, is Algorithm 1 with a report. Before it stands what a run needs besides: its state,
-# its options, its batches, its files, its signals and its processes.
+# train, at the end of this section, is Algorithm 1 with a report. Before it stands what a run needs besides: its state
+# and its files, its options, its batches, its processes and its signals.
+
+REPORT_EVERY, SAVE_EVERY = 50, 500  # steps
+
 
 class Run:
-    """The state of a training run: all that the next step depends on, except the images."""
+    """A training run: all that its next step depends on."""
 
-    def __init__(self, config, checksum, device):
+    def __init__(self, config, images, labels, device):
         torch.manual_seed(config.seed)
         self.config = config
-        self.checksum = checksum  # of the images and labels
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+        self.steps_per_epoch = max(1, len(images) // config.batch_size)  # the remainder, always another one, is skipped
+        self.total_steps = config.epochs * self.steps_per_epoch
         self.model = UNet(config).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = make_optimizers(self.model)
         self.parts = [self.model, self.ema, *self.optimizers]
         self.step = 0  # steps done
         self.loss_sum = torch.zeros((), device=device)  # since the epoch began
-        self.history = ["epoch,step,loss,lr,images_per_s"]  # the lines of log.csv
+        self.log = ["epoch,step,loss"]  # the lines of log.csv
 
-    def save(self, path):
-        """Writes checkpoint.pt, from which a run goes on as if it had never stopped. Raises UserError."""
+    def batch(self, rank, processes):
+        """The images x_0 (B, C, H, W) and classes y (B,) of the next step: this process's share of them.
+
+        All randomness follows from the seed and the number of the step, so a resumed run needs no state of a generator.
+        """
+        B = self.config.batch_size
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        # Python's hash of integers is the same in every process.
+        shuffle = torch.Generator().manual_seed(hash((self.config.seed, epoch)))
+        order = torch.randperm(len(self.images), generator=shuffle)
+        share = order[position * B : (position + 1) * B][rank::processes].to(self.images.device)
+        torch.manual_seed(hash((self.config.seed, self.step, rank)))  # for t, the noise and the dropped labels
+        return from_bytes(self.images[share]), self.labels[share]
+
+    def report(self, images_per_s):
+        """Prints where the run is. At the end of an epoch, adds a line to log.csv and begins the mean loss anew."""
+        epoch, position = divmod(self.step - 1, self.steps_per_epoch)
+        loss = self.loss_sum.item() / (position + 1)
+        minutes = (self.total_steps - self.step) * self.config.batch_size / images_per_s / 60
+        say(f"epoch {epoch + 1}  step {self.step}  loss {loss:.4f}  {images_per_s:.0f} images/s  {minutes:.1f} min left")
+        if position + 1 == self.steps_per_epoch:
+            self.log.append(f"{epoch + 1},{self.step},{loss:.6f}")
+            self.loss_sum.zero_()
+
+    def save(self, out, sample_every):
+        """Writes checkpoint.pt, from which the run goes on as if it had never stopped, and the other files.
+
+        Returns whether the other files could be written too. Raises UserError if checkpoint.pt could not, or would be of
+        no use."""
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
-            raise UserError("the training has diverged since the last save: begin a new run with a lower --lr")
-        state = {"config": asdict(self.config), "checksum": self.checksum, "step": self.step, "history": self.history}
-        state["loss_sum"] = self.loss_sum.item()
-        state["parts"] = [part.state_dict() for part in self.parts]
-        save(state, path)
+            raise UserError("the training has diverged since the last save: begin another run with a lower --lr")
+        contents = {"config": asdict(self.config), "checksum": self.checksum, "log": self.log}
+        contents |= {"step": self.step, "loss_sum": self.loss_sum.item()}
+        contents["parts"] = [part.state_dict() for part in self.parts]
+        save(contents, out / "checkpoint.pt")
+        return self.step == 0 or self.write_outputs(out, sample_every)
 
-    def restore(self, state):
-        """Takes over what save wrote. Raises UserError when it does not fit, or belongs to other data."""
-        if state["checksum"] != self.checksum:
-            raise UserError("the run began with other images or labels than those in --data-dir")
-        with explained("this ddpm.py cannot go on with the run"):
-            for part, saved in zip(self.parts, state["parts"]):
-                part.load_state_dict(saved)
-        self.step, self.history = state["step"], state["history"]
-        self.loss_sum += state["loss_sum"]
+    def restore(self, saved):
+        """Goes on from what save wrote. Raises UserError when it does not fit, or began with other data."""
+        with explained("this run cannot go on"):
+            if saved["checksum"] != self.checksum:
+                raise ValueError("it began with other images or labels than those in --data-dir")
+            for part, state in zip(self.parts, saved["parts"]):
+                part.load_state_dict(state)
+            self.step, self.log = saved["step"], saved["log"]
+            self.loss_sum += saved["loss_sum"]
 
-    def write_outputs(self, out, with_samples):
-        """Writes the other files, and returns whether it could. They follow from the state, so that what cannot be
-        written now, since another program holds it, is made at the next save or by --resume."""
+    def write_outputs(self, out, sample_every):
+        """Writes weights.pt, log.csv and samples_EPOCH.png. Returns whether it could.
+
+        They follow from the state, so what another program holds open now is written at the next save, or by --resume.
+        """
+        epoch, position = divmod(self.step, self.steps_per_epoch)
         weights = {name: tensor.half() for name, tensor in self.ema.state_dict().items()}
         try:
             save({"config": asdict(self.config), "weights": weights}, out / "weights.pt")
-            if with_samples:
+            if position == 0 and (epoch % sample_every == 0 or self.step == self.total_steps):
                 # Each class five times, from the same noise each time, so that epochs can be compared; and without
                 # guidance, to see what the network itself can do.
                 n = len(self.config.classes)
-                samples = to_image(sample(self.ema, list(range(n)) * 5, guidance=1), columns=n)
-                epoch = len(self.history) - 1
-                with replacing(out / f"samples_{epoch:03d}.png") as temporary:
-                    samples.save(temporary)
-            with replacing(out / "log.csv") as temporary:
-                temporary.write_text("\n".join(self.history) + "\n")
+                samples = sample(self.ema, list(range(n)) * 5, guidance=1)
+                with replacing(out / f"samples_{epoch:03d}.png") as file:
+                    to_image(samples, columns=n).save(file, "PNG")
+            with replacing(out / "log.csv") as file:
+                file.write("\n".join([*self.log, ""]).encode())
         except UserError as error:
             say(f"ddpm.py: warning: {error}", sys.stderr)
             return False
         return True
-
-
-def settle_config(args, saved):
-    """The Config of the run that args ask for, where saved is the checkpoint to go on from, or None. Raises UserError."""
-    given = {field.name: getattr(args, field.name) for field in fields(Config) if hasattr(args, field.name)}
-    if not saved:
-        source = DATASETS[given.get("dataset", Config.dataset)]
-        images = {name: getattr(source, name) for name in ("image_channels", "image_size", "classes")}
-        return Config(**given, **images)
-    for name, value in given.items():
-        if name != "epochs" and value != saved["config"][name]:
-            raise UserError(f"the run began with another {name}, {saved['config'][name]}: leave that flag out")
-    return Config(**saved["config"] | given)
-
-
-def batch_of(step, images, labels, config, rank, processes):
-    """The images x_0 (B, C, H, W) and classes y (B,) of a step: this process's share of the batch.
-
-    All randomness follows from the seed and the number of the step, so a resumed run needs no state of a generator.
-    """
-    steps_per_epoch = max(1, len(images) // config.batch_size)  # the remainder, other images in each epoch, is skipped
-    epoch, position = divmod(step, steps_per_epoch)
-    shuffle = torch.Generator().manual_seed(hash((config.seed, epoch)))  # Python's hash of integers is always the same
-    order = torch.randperm(len(images), generator=shuffle)
-    batch = order[position * config.batch_size :][: config.batch_size]
-    share = batch[rank::processes].to(images.device)
-    torch.manual_seed(hash((config.seed, step, rank)))  # for t, the noise and the dropped labels
-    return from_bytes(images[share]), labels[share]
 
 
 def claim(out):
@@ -1140,23 +1139,17 @@ def claim(out):
         (out / "log.csv").touch(exist_ok=False)  # fails if another process has been faster
 
 
-@contextmanager
-def stop_requests():
-    """A list that fills with the signals that ask to stop. train looks at it between steps, when the state is whole.
-
-    A signal that was ignored when the program started, as under nohup, stays ignored. Afterwards, all are as before.
-    """
-    received, handlers = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            with suppress(ValueError):  # only the main thread may do this
-                handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def settle_config(args, saved):
+    """The Config of a new run, or, if there is a saved state, of the run that goes on. Raises UserError."""
+    given = {name: value for name, value in vars(args).items() if value is not None and hasattr(Config, name)}
+    if saved is None:
+        source = DATASETS[given.get("dataset", Config.dataset)]
+        images = {name: getattr(source, name) for name in ("image_channels", "image_size", "classes")}
+        return Config(**given, **images)
+    config = Config(**saved["config"] | given)
+    if asdict(config) | {"epochs": 0} != saved["config"] | {"epochs": 0}:
+        raise UserError("the run began with other options: beside --resume, give no option of it anew, except --epochs")
+    return config
 
 
 def join_processes(device, rank, processes):
@@ -1186,16 +1179,34 @@ def share_gradients(model, processes):
         parameter.register_post_accumulate_grad_hook(average)
 
 
-def agreed(stop, processes, device):
-    """Whether any process was asked to stop. All have to leave after the same step, since each waits for the others."""
-    asked = torch.tensor(len(stop), device=device)
-    if processes > 1:
-        torch.distributed.all_reduce(asked)
-    return asked.item() > 0
+@contextmanager
+def stop_requests(device, processes):
+    """Gives a function that says whether a signal asked this or another process to stop: all leave after the same step.
+
+    A signal that was ignored when the program started, as under nohup, stays ignored. Afterwards, all are as before.
+    """
+    received, handlers = [], {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            with suppress(ValueError):  # only the main thread may do this
+                handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+
+    def asked():
+        count = torch.tensor(len(received), device=device)
+        if processes > 1:
+            torch.distributed.all_reduce(count)
+        return count.item() > 0
+
+    try:
+        yield asked
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def begin(args, out, rank, processes):
-    """Begins or resumes the run that args ask for. Returns a Run, and images and labels on its device. Raises UserError."""
+    """The Run that args ask for, begun or resumed. Raises UserError."""
     saved = load(out / "checkpoint.pt") if args.resume else None
     config = settle_config(args, saved)
     if config.batch_size % processes:
@@ -1206,15 +1217,14 @@ def begin(args, out, rank, processes):
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
         load_dataset(config.dataset, args.data_dir)  # before the others, so that one process alone downloads
     device = join_processes(torch.device(args.device), rank, processes)
-    images, labels = load_dataset(config.dataset, args.data_dir)
-    run = Run(config, zlib.crc32(labels.numpy(), zlib.crc32(images.numpy())), device)
+    run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
     if saved:
         run.restore(saved)
     if processes > 1:
         share_gradients(run.model, processes)
     if args.compile:
         run.model.compile()
-    return run, images.to(device), labels.to(device)
+    return run
 
 
 def train(args):
@@ -1222,57 +1232,32 @@ def train(args):
 
     args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError.
     """
-    out = Path(args.out or f"runs/{getattr(args, 'dataset', Config.dataset)}")
+    out = Path(args.out or f"runs/{args.dataset or Config.dataset}")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run, images, labels = begin(args, out, rank, processes)
-    B = run.config.batch_size
-    steps_per_epoch = max(1, len(images) // B)
-    total_steps = run.config.epochs * steps_per_epoch
-
-    def keep():
-        """Saves the run; True if all of its files could be written."""
-        run.save(out / "checkpoint.pt")
-        if run.step == 0:
-            return True
-        epoch, position = divmod(run.step, steps_per_epoch)
-        due = epoch % args.sample_every == 0 or run.step == total_steps
-        return run.write_outputs(out, with_samples=position == 0 and due)
-
-    written = rank > 0 or keep()
-    first_step, stopping = run.step, False
-    started_at = saved_at = said_at = time.monotonic()
-    with stop_requests() as stop:
-        while run.step < total_steps and not stopping:
-            x_0, y = batch_of(run.step, images, labels, run.config, rank, processes)
-            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, run.step, total_steps)
+    run = begin(args, out, rank, processes)
+    complete = rank > 0 or run.save(out, args.sample_every)
+    first_step, started_at, stopping = run.step, time.monotonic(), False
+    with stop_requests(run.images.device, processes) as asked_to_stop:
+        while run.step < run.total_steps and not stopping:
+            x_0, y = run.batch(rank, processes)
+            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, run.step, run.total_steps)
             run.step += 1
 
-            stopping = agreed(stop, processes, images.device)
-            end_of_epoch = run.step % steps_per_epoch == 0
-            save_now = end_of_epoch or stopping or time.monotonic() - saved_at > SAVE_EVERY
-            if rank > 0 or not (save_now or time.monotonic() - said_at > SAY_EVERY):
-                continue
-            loss = run.loss_sum.item() / ((run.step - 1) % steps_per_epoch + 1)  # waits for the device
-            said_at = time.monotonic()
-            rate = (run.step - first_step) * B / (said_at - started_at)
-            minutes = (total_steps - run.step) * B / rate / 60
-            say(f"step {run.step} of {total_steps}  loss {loss:.4f}  {rate:.0f} images/s  {minutes:.1f} min left")
-            if end_of_epoch:
-                lr = run.config.lr * learning_rate(run.step - 1, total_steps)
-                run.history.append(f"{run.step // steps_per_epoch},{run.step},{loss:.6f},{lr:.3e},{rate:.0f}")
-                run.loss_sum.zero_()
-            if save_now:
-                written = keep()
-                saved_at = time.monotonic()
+            stopping = asked_to_stop()
+            save_now = stopping or run.step % run.steps_per_epoch == 0 or run.step % SAVE_EVERY == 0
+            if rank == 0 and (save_now or run.step % REPORT_EVERY == 0):
+                steps_per_s = (run.step - first_step) / (time.monotonic() - started_at)
+                run.report(steps_per_s * run.config.batch_size)
+            if rank == 0 and save_now:
+                complete = run.save(out, args.sample_every)
 
-    if rank > 0:
-        return 0
-    if run.step < total_steps:
-        say(f"stopped at step {run.step} of {total_steps}; go on with the same command and --resume")
+    if rank == 0 and run.step < run.total_steps:
+        say(f"stopped at step {run.step} of {run.total_steps}; go on with the same command and --resume")
         return 130
-    if not written:
-        raise UserError("the training is done, but not all files could be written: --resume writes them")
-    say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
+    if not complete:
+        raise UserError("trained, but not all files could be written: the same command with --resume writes them")
+    if rank == 0:
+        say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1347,113 +1332,72 @@ def inception_score(probabilities):
     return (entropy_of_mean - mean_entropy).exp()
 
 
-def train_classifier(images, labels, classes, device):
-    """Trains a classifier of images (N, C, H, W) uint8 with labels (N,), in a minute or two on a CPU."""
-    torch.manual_seed(0)
-    classifier = make_classifier(images.shape[1], classes).to(device)
+def train_classifier(classifier, images, labels):
+    """Trains a classifier on images (N, C, H, W) uint8 with labels (N,), all on one device; a minute or two on a CPU."""
     optimizer = torch.optim.AdamW(classifier.parameters())
     for step in range(CLASSIFIER_STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(step, CLASSIFIER_STEPS)
         batch = torch.randint(len(images), (128,))
         # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not its place. (What
         # leaves on one side comes back on the other; MNIST's margin is all but empty.)
-        shift = torch.randint(-2, 3, (2,)).tolist()
-        x = torch.roll(from_bytes(images[batch].to(device)), shift, dims=(2, 3))
-        loss = F.cross_entropy(classifier(x), labels[batch].to(device))
+        x = from_bytes(images[batch]).roll(torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
+        loss = F.cross_entropy(classifier(x), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return classifier
 
 
 def load_classifier(name, data_dir, device):
     """The classifier of a data set, and mean (64,) and covariance (64, 64) of its features of the training images.
 
-    They lie in assets/ or in runs/; if in neither, they are made now and kept in runs/. Raises UserError when that
-    takes data that is unavailable, or when a file is damaged.
+    If assets/ has none, it is trained now and kept there. Raises UserError when that takes data that is unavailable, or
+    when the file is damaged.
     """
     path = ASSETS / f"classifier_{name}.pt"
-    path = path if path.exists() else Path("runs", path.name)
-    classes = len(DATASETS[name].classes)
+    torch.manual_seed(0)
+    classifier = make_classifier(DATASETS[name].image_channels, len(DATASETS[name].classes)).to(device)
     if not path.exists():
         say(f"training a classifier of {name}, once")
-        images, labels = load_dataset(name, data_dir)
-        path.parent.mkdir(exist_ok=True)
-        classifier = train_classifier(images, labels, classes, device)
+        images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
+        train_classifier(classifier, images, labels)
         _, features = judge(classifier, images)
         save({"weights": classifier.state_dict(), "mean": features.mean(dim=0), "cov": features.T.cov()}, path)
     contents = load(path)
     with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
-        classifier = make_classifier(DATASETS[name].image_channels, classes).to(device)
         classifier.load_state_dict(contents["weights"])
         return classifier, contents["mean"], contents["cov"]
 
 
-def figures(classifier, mean, cov, images, labels, classes):
-    """A column of evaluate's table, for images (N, C, H, W) uint8 with labels (N,): {row: text}."""
-    probabilities, features = judge(classifier, images)
-    right = (probabilities.argmax(dim=1) == labels).double()
-    rows = {"images": f"{len(labels)}", "label accuracy": f"{right.mean():.2%}"}
-    for i, name in enumerate(classes):
-        rows[f"  {name}"] = f"{right[labels == i].mean():.2%}"
-    rows["FID"] = f"{frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov):.3f}"
-    rows["Inception Score"] = f"{inception_score(probabilities):.3f}"
-    return rows
-
-
-@torch.no_grad()
-def denoising_loss(model, images, labels):
-    """The loss of section 4 on at most 1000 images (N, C, H, W) uint8; t and noise come from a fixed seed."""
-    torch.manual_seed(0)
-    device = model.alphas_cumprod.device
-    return ddpm_loss(model, from_bytes(images[:1000].to(device)), labels[:1000].to(device), class_dropout=0)
-
-
 def draw(model, labels, args, seeds, x_T=None):
     """Samples in batches: labels and seeds are lists (N), args as parsed. Yields the images one by one, (C, H, W)."""
-    started_at = said_at = time.monotonic()
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
         yield from sample(model, labels[part], seeds=seeds[part], x_T=x_T, **sampling_options(args)).cpu()
-        done = min(start + BATCH, len(labels))
-        if done == len(labels) or time.monotonic() - said_at > SAY_EVERY:
-            said_at = time.monotonic()
-            say(f"{done} of {len(labels)}, {done / (said_at - started_at):.1f} images/s")
+        say(f"{len(labels[: part.stop])} of {len(labels)}")
 
 
 def sampling_options(args):
     """The flags that are arguments of sample_steps."""
-    return {name: getattr(args, name) for name in ("steps", "eta", "guidance", "guidance_interval")}
+    return {name: getattr(args, name) for name in SAMPLING}
 
 
 def evaluate(args):
-    """The evaluate command: draws images, judges them beside as many real ones, and prints a table."""
+    """The evaluate command: draws images, judges them beside as many real ones, and prints a line for each."""
     model = load_and_say(args)
-    config, name = model.config, model.config.dataset
-    if name not in DATASETS or config.classes != DATASETS[name].classes:
-        raise UserError(f"these weights draw no images of {', '.join(DATASETS)}: there is nothing to compare them with")
-    classifier = load_classifier(name, args.data_dir, args.device)
-    real, y = {}, torch.arange(args.count) % len(config.classes)  # without real images, all classes equally often
-    try:
-        for part, is_train in ("training images", True), ("test images", False):
-            images, labels = load_dataset(name, args.data_dir, is_train)
-            # At random, since images of two groups of writers alternate in MNIST.
-            chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: args.count]
-            real[part] = images[chosen], labels[chosen]
-            y = labels[chosen]  # at last, the classes as often as among the test images
-    except UserError as error:
-        say(f"ddpm.py: warning: no figures of real images: {error}", sys.stderr)
-
+    name = model.config.dataset
+    images, y = load_dataset(name, args.data_dir, train=False)
+    # At random, since images of two groups of writers alternate in MNIST.
+    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: args.count]
+    images, y = images[chosen], y[chosen]
+    classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
     seeds = [args.seed * 1_000_000 + i for i in range(len(y))]
     samples = torch.stack([to_bytes(x_0) for x_0 in draw(model, y.tolist(), args, seeds)])
-    columns = {"samples": figures(*classifier, samples, y, config.classes)}
-    if "test images" in real:
-        columns["test images"] = figures(*classifier, *real["test images"], config.classes)
-    say(f"{'':<18}" + "".join(f"{title:>18}" for title in columns))
-    for row in columns["samples"]:
-        say(f"{row:<18}" + "".join(f"{column[row]:>18}" for column in columns.values()))
-    for part, (images, labels) in real.items():
-        say(f"denoising loss of {part}: {denoising_loss(model, images, labels):.4f}")
+    for title, x in ("samples", samples), ("test images", images):
+        probabilities, features = judge(classifier, x)
+        accuracy = (probabilities.argmax(dim=1) == y).double().mean()
+        fid = frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov)
+        score = inception_score(probabilities)
+        say(f"{len(x):>5} {title:<11}  label accuracy {accuracy:.2%}  FID {fid:.3f}  Inception Score {score:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1470,26 +1414,13 @@ def load_and_say(args):
 
 
 def class_number(name, classes):
-    """The number of a class: by its name, or by the number itself where no class is called a number. Raises UserError."""
-    matches = [i for i, known in enumerate(classes) if name == known] or [
-        i for i, known in enumerate(classes) if name.lower() == known.lower()
-    ]
-    if not matches and name.isdecimal() and not any(known.isdecimal() for known in classes):
-        matches = range(len(classes))[int(name) : int(name) + 1]
-    if len(matches) != 1:
-        raise UserError(f"no class, or more than one, is called {name!r}: choose one of {', '.join(classes)}")
-    return matches[0]
-
-
-def check_writable(path):
-    """Makes the folder of path, and raises UserError now, not after the work, if no file can be written there."""
-    with explained(f"cannot write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise ValueError("it is a folder")
-        probe = path.with_name(f"{path.stem}.{os.getpid()}{path.suffix}")
-        probe.touch()
-        probe.unlink()
+    """The number of the class called name; else of that number, where no class is called a number. Raises UserError."""
+    numbers = [] if any(known.isdecimal() for known in classes) else [str(i) for i in range(len(classes))]
+    for names in classes, [known.lower() for known in classes], numbers:
+        for spelling in name, name.lower():
+            if names.count(spelling) == 1:
+                return names.index(spelling)
+    raise UserError(f"no class, or more than one, is called {name!r}: choose one of {', '.join(classes)}")
 
 
 def read_hand(model, args):
@@ -1500,12 +1431,10 @@ def read_hand(model, args):
     number = class_number(args.like_label, classes)
     x_0 = read_digit(args.like, model.config.image_size)
     if (ASSETS / f"classifier_{name}.pt").exists():
-        classifier, _, _ = load_classifier(name, None, "cpu")
-        probabilities, _ = judge(classifier, to_bytes(x_0))
-        read = classes[probabilities.argmax().item()]
-        if read != classes[number]:
-            say(f"ddpm.py: warning: {args.like} looks like {read}, so the hand may come out wrong; is there more in it "
-                "than a digit?", sys.stderr)
+        probabilities, _ = judge(load_classifier(name, None, "cpu")[0], to_bytes(x_0))
+        read = probabilities.argmax().item()
+        if read != number:
+            say(f"ddpm.py: warning: {args.like} looks like {classes[read]}: the hand may come out wrong", sys.stderr)
     return invert(model, x_0.to(args.device), [number], args.steps)
 
 
@@ -1518,152 +1447,133 @@ def sample_command(args):
     labels = row * (args.count or (1 if columns or args.like else 16))
     # The images of a row share a seed, so they look as if one hand had written them.
     seeds = [args.seed * 1_000_000 + i // len(row) for i in range(len(labels))]
-
     folder = args.out.is_dir() or not args.out.suffix
-    if not folder and args.out.suffix != ".png" or args.gif and args.gif.suffix != ".gif":
-        raise UserError("--out takes a .png or a folder, --gif a .gif")
-    if args.gif and len(labels) > BATCH:
-        raise UserError(f"--gif takes at most {BATCH} images, not {len(labels)}")
     if folder and any(args.out.glob("*.png")):
         raise UserError(f"{args.out} has images in it already: choose another --out, or remove them")
-    for path in filter(None, [args.out / "0.png" if folder else args.out, args.gif]):
-        check_writable(path)
-
+    if not folder and args.out.suffix != ".png" or args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
+        raise UserError(f"--out takes a .png or a folder, --gif a .gif and at most {BATCH} images")
     x_T = read_hand(model, args) if args.like else None
     if args.gif:
-        steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))
-        frames = [(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps]
-        save_film(frames, args.gif, columns)
-        images = frames[-1][0]
-    else:
-        images = draw(model, labels, args, seeds, x_T)
+        with replacing(args.gif) as file:
+            steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))
+            save_film([(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps], file, columns)
+    images = draw(model, labels, args, seeds, x_T)
     if folder:
         for i, x_0 in enumerate(images):
-            with replacing(args.out / f"{labels[i]}_{i:05d}.png") as temporary:
-                to_image(x_0[None]).save(temporary)
+            with replacing(args.out / f"{labels[i]}_{i:05d}.png") as file:
+                to_image(x_0[None]).save(file, "PNG")
     else:
-        with replacing(args.out) as temporary:
-            to_image(torch.stack(list(images)), columns).save(temporary)
-    say(f"written: {args.out}" + (f", {args.gif} and its ten moments" if args.gif else ""))
+        with replacing(args.out) as file:
+            to_image(torch.stack(list(images)), columns).save(file, "PNG")
+    say(f"written: {args.out}" + (f" and {args.gif}" if args.gif else ""))
 
 
 def shapes_command(args):
     """The shapes command: runs the network once and prints what each of its blocks gives out."""
     source = DATASETS[args.dataset]
-    size, C = source.image_size, source.image_channels
-    model = UNet(Config(channels=args.channels, image_size=size, image_channels=C))
+    C, size = source.image_channels, source.image_size
+    model = UNet(Config(channels=args.channels or Config.channels, image_channels=C))
     say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
-    for name, block in model.named_modules():  # "" is the whole network
+    for name, block in model.named_modules():
         if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
             parameters = sum(p.numel() for p in block.parameters())
             row = f"{name or 'total':<14} {{!s:<18}} {parameters:>10,}"
-            # A hook prints when the block has run, so in the order of the forward pass.
-            block.register_forward_hook(lambda _, inputs, out, row=row: say(row.format(tuple(out.shape[1:]))))
+            # A hook runs when its block has run, so the rows come in the order of the forward pass.
+            block.register_forward_hook(lambda block, inputs, out, row=row: say(row.format(tuple(out.shape[1:]))))
     model(torch.zeros(1, C, size, size), torch.tensor([0]), torch.tensor([0]))
 
 
-def positive_integer(text):
-    if int(text) < 1:
-        raise ValueError  # argparse says "invalid positive_integer value"
-    return int(text)
+DEVICES = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
 
 
-def seed_number(text):
-    if not 0 <= int(text) < 2**31:
-        raise ValueError
-    return int(text)
+def in_range(convert, low, high):
+    """An argparse type: a number from low to high."""
+
+    def number(text):
+        if not low <= convert(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return convert(text)
+
+    return number
 
 
-def number_from_0_to_1(text):
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
+KINDS = {
+    "word": {},
+    "words": {"nargs": "+"},
+    "path": {"type": Path},
+    "switch": {"action": "store_true"},
+    "count": {"type": in_range(int, 1, 10**9)},
+    "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
+    "seed": {"type": in_range(int, 0, 2**31)},
+    "number": {"type": in_range(float, 0, 99)},
+    "share": {"type": in_range(float, 0, 1)},
+    "shares": {"type": in_range(float, 0, 1), "nargs": 2},
+    "dataset": {"choices": DATASETS},
+    "schedule": {"choices": SCHEDULES},
+    "device": {"choices": DEVICES},
+}
+FLAGS = f"""
+train                   dataset            dataset   what to learn (default: {Config.dataset})
+train                   epochs             count     passes over the training images (default: {Config.epochs})
+train                   batch-size         count     images in a step (default: {Config.batch_size})
+train                   lr                 share     peak learning rate (default: {Config.lr})
+train                   timesteps          count     T, the number of noising steps (default: {Config.timesteps})
+train                   schedule           schedule  of the noise (default: {Config.schedule})
+train                   channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
+train                   class-dropout      share     share of labels to drop (default: {Config.class_dropout})
+train                   ema-decay          share     of the averaged weights, a step (default: {Config.ema_decay})
+train                   out                path      folder of the run (default: runs/DATASET)
+train                   sample-every       count     epochs between sample images (default: 1)
+train                   resume             switch    go on with the run in --out, by its own options
+train                   compile            switch    use torch.compile: a minute's wait, then faster steps on a GPU
+sample                  label              words     class, or classes of a row, by name or number (default: all)
+sample                  count              count     images of one label (default: 16; with --like 1), or rows (default: 1)
+sample                  like               word      write in the hand of this image of a digit, PNG or JPEG
+sample                  like-label         word      the digit that --like shows
+sample                  gif                path      a film of the sampling, x_t above and x_0_hat below
+sample                  out                path      a .png file, or a folder to fill (default: samples.png)
+evaluate                count              count     images to draw, and real ones beside them (default: 10000)
+sample,evaluate         checkpoint         path      a weights.pt (default: the newest in runs/, else assets/mnist.pt)
+sample,evaluate         steps              count     from noise to image, at most T (default: {STEPS})
+sample,evaluate         eta                share     fresh noise, 0 to 1; 1 with T steps is Algorithm 2 (default: 0)
+sample,evaluate         guidance           number    S: 0 unconditional, 1 conditional, above 1 guided (default: {GUIDANCE})
+sample,evaluate         guidance-interval  shares    shares of T: where S may be above 1 (default: 0.2 0.6)
+train,evaluate          data-dir           path      folder of the data sets; what is missing is downloaded (default: data)
+train,sample,evaluate   seed               seed      of the random numbers (default: 0)
+train,sample,evaluate   device             device    where to run (default: the fastest)
+shapes                  dataset            dataset   whose images (default: {Config.dataset})
+shapes                  channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
+"""
 
 
-def non_negative_number(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
-
-
-CONFIG_FLAGS = {  # fields of Config
-    "dataset": (str, "what to learn"),
-    "epochs": (positive_integer, "passes over the training images"),
-    "batch_size": (positive_integer, "images in a step, of all processes together"),
-    "lr": (number_from_0_to_1, "peak learning rate"),
-    "timesteps": (positive_integer, "T, the number of noising steps"),
-    "schedule": (str, "of the noise"),
-    "channels": (positive_integer, "of the U-Net, a number for each size of the image"),
-    "class_dropout": (number_from_0_to_1, "share of labels to drop; if 0, sample with --guidance 1"),
-    "ema_decay": (number_from_0_to_1, "of the averaged weights, per step"),
-    "seed": (seed_number, "of the random numbers"),
+SAMPLING = {"steps": STEPS, "eta": 0, "guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
+COMMANDS = {  # name: function, help, defaults
+    "train": (train, "train a model; write weights, log and samples into a folder", {"sample_every": 1}),
+    "sample": (sample_command, "draw images with trained weights", {"seed": 0, "out": Path("samples.png"), **SAMPLING}),
+    "evaluate": (evaluate, "draw images, measure how good they are", {"seed": 0, "count": 10000, **SAMPLING}),
+    "shapes": (shapes_command, "show each block's output shape and number of parameters", {"dataset": Config.dataset}),
 }
 
 
-class AsTuple(argparse.Action):
-    """Keeps the values of a flag as a tuple, as Config has them."""
-
-    def __call__(self, parser, args, values, option=None):
-        setattr(args, self.dest, tuple(values))
-
-
 def make_parser():
-    """The commands and their flags."""
+    """The commands and their flags, as the tables have them. What is not given and has no default is None."""
     parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", help="each has its own --help")
-    devices = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-
-    def command(name, function, help):
-        subparser = commands.add_parser(name, help=help, description=help)
-        subparser.set_defaults(function=function)
-        return subparser.add_argument
-
-    train_flag = command("train", train, "train a model; write weights, log and samples into a folder")
-    sample_flag = command("sample", sample_command, "draw images with trained weights")
-    evaluate_flag = command("evaluate", evaluate, "draw images and measure how good they are, beside real ones")
-    shapes_flag = command("shapes", shapes_command, "show each block's output shape and number of parameters")
-
-    for name, (convert, help) in CONFIG_FLAGS.items():
-        default = getattr(Config, name)
-        options = {"type": convert, "help": f"{help} (default: {default})"}
-        options["choices"] = {"dataset": DATASETS, "schedule": SCHEDULES}.get(name)
-        if name == "channels":
-            options |= {"nargs": "+", "action": AsTuple}
-        # A flag of train that is not given is left out of args, since a resumed run keeps what it has.
-        train_flag("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options)
-        if name in ("dataset", "channels"):
-            shapes_flag("--" + name, default=default, **options)
-    train_flag("--out", help="folder of the run (default: runs/DATASET)")
-    train_flag("--sample-every", type=positive_integer, default=1, help="epochs between sample images (default: 1)")
-    train_flag("--resume", action="store_true", help="go on with the run in --out, by its own options")
-    train_flag("--compile", action="store_true", help="use torch.compile: a minute's wait, then faster steps on a GPU")
-
-    sample_flag("--label", nargs="+", metavar="CLASS", help="class, or classes of a row, by name or number (default: all)")
-    sample_flag("--count", type=positive_integer, help="images (default: 16; with --like 1), or rows (default: 1)")
-    sample_flag("--like", metavar="IMAGE", help="write in the hand of this image of a digit, PNG or JPEG")
-    sample_flag("--like-label", metavar="D", help="the digit that IMAGE shows")
-    sample_flag("--gif", type=Path, help="a film of the sampling; ten moments of it become GIF_moments.png")
-    sample_flag("--out", type=Path, default="samples.png", help="a .png file, or a folder to fill (default: samples.png)")
-    evaluate_flag("--count", type=positive_integer, default=10000, help="images, 65 to 10000 (default: 10000)")
-
-    for flag in sample_flag, evaluate_flag:
-        flag("--checkpoint", metavar="PATH", help="a weights.pt (default: the newest in runs/, else assets/mnist.pt)")
-        flag("--steps", type=positive_integer, default=STEPS, help=f"from noise to image, at most T (default: {STEPS})")
-        flag("--eta", type=number_from_0_to_1, default=0, help="fresh noise; 1 with T steps is Algorithm 2 (default: 0)")
-        flag("--guidance", type=non_negative_number, default=GUIDANCE, metavar="S", help=f"0 unconditional, 1 conditional, above 1 guided (default: {GUIDANCE})")
-        flag("--guidance-interval", type=number_from_0_to_1, default=GUIDANCE_INTERVAL, nargs=2, metavar=("LO", "HI"), help=f"shares of T between which S may be above 1 (default: {GUIDANCE_INTERVAL})")
-        flag("--seed", type=seed_number, default=0, help="of the random numbers (default: 0)")
-    for flag in train_flag, evaluate_flag:
-        flag("--data-dir", default="data", help="folder of the data sets; what is missing is downloaded (default: data)")
-    for flag in train_flag, sample_flag, evaluate_flag:
-        flag("--device", choices=devices, default=devices[0], help=f"where to run (default: {devices[0]})")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", help="each has its own --help")
+    for command, (function, help, defaults) in COMMANDS.items():
+        subparser = subparsers.add_parser(command, help=help, description=help)
+        subparser.set_defaults(function=function, device=DEVICES[0], data_dir=Path("data"), **defaults)
+        for line in FLAGS.strip().splitlines():
+            commands, flag, kind, help = line.split(maxsplit=3)
+            if command in commands.split(","):
+                subparser.add_argument("--" + flag, help=help, **KINDS[kind])
     return parser
 
 
 HINTS = {  # what PyTorch says: what to do about it
-    "out of memory": "out of memory: choose a smaller --batch-size or --channels, or a smaller --count",
-    "can't allocate memory": "out of memory: choose a smaller --batch-size or --channels, or a smaller --count",
-    "compiler": "--compile found no compiler that it needs: install one, or leave it out",
+    "out of memory": "out of memory: choose a smaller --batch-size, --channels or --count",
+    "can't allocate memory": "out of memory: choose a smaller --batch-size, --channels or --count",
+    "Connection": "another process is gone: --resume goes on from the last save",
+    "compiler": "--compile found no compiler: install one, or leave it out",
     "riton": "--compile found no Triton, which it needs on a GPU: install it, or leave it out",
 }
 
@@ -1679,15 +1589,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("ddpm.py: stopped; what is written stays", sys.stderr)
         return 130
-    except UserError as error:
-        message = error
-    except (MemoryError, RuntimeError) as error:
-        text = f"{error} {'out of memory' if isinstance(error, MemoryError) else ''}"
-        hints = [hint for part, hint in HINTS.items() if part in text]
-        if not hints:
+    except (UserError, MemoryError, RuntimeError) as error:
+        text = str(error) or "out of memory"  # a MemoryError has no text
+        hints = [hint for words, hint in HINTS.items() if words in text]
+        if isinstance(error, RuntimeError) and not hints:
             raise
-        message = hints[0]
-    say(f"ddpm.py: error: {message}", sys.stderr)
+    say(f"ddpm.py: error: {hints[0] if hints else text}", sys.stderr)
     return 1
 
 
