@@ -1212,10 +1212,10 @@ def begin(args, out, rank, processes):
     if config.batch_size % processes:
         raise UserError(f"--batch-size {config.batch_size} cannot be shared by {processes} processes")
     if rank == 0:
-        if not saved:
-            claim(out)
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
         load_dataset(config.dataset, args.data_dir)  # before the others, so that one process alone downloads
+        if not saved:
+            claim(out)
     device = join_processes(torch.device(args.device), rank, processes)
     run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
     if saved:
@@ -1333,14 +1333,15 @@ def inception_score(probabilities):
 
 
 def train_classifier(classifier, images, labels):
-    """Trains a classifier on images (N, C, H, W) uint8 with labels (N,), all on one device; a minute or two on a CPU."""
+    """Trains a classifier on images (N, C, H, W) uint8 with labels (N,), all on one device: two minutes on a CPU."""
     optimizer = torch.optim.AdamW(classifier.parameters())
     for step in range(CLASSIFIER_STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(step, CLASSIFIER_STEPS)
         batch = torch.randint(len(images), (128,))
         # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not its place. (What
         # leaves on one side comes back on the other; MNIST's margin is all but empty.)
-        x = from_bytes(images[batch]).roll(torch.randint(-2, 3, (2,)).tolist(), dims=(2, 3))
+        shift = torch.randint(-2, 3, (2,)).tolist()
+        x = from_bytes(images[batch]).roll(shift, dims=(2, 3))
         loss = F.cross_entropy(classifier(x), labels[batch])
         optimizer.zero_grad()
         loss.backward()
@@ -1354,14 +1355,15 @@ def load_classifier(name, data_dir, device):
     when the file is damaged.
     """
     path = ASSETS / f"classifier_{name}.pt"
-    torch.manual_seed(0)
-    classifier = make_classifier(DATASETS[name].image_channels, len(DATASETS[name].classes)).to(device)
-    if not path.exists():
-        say(f"training a classifier of {name}, once")
-        images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
-        train_classifier(classifier, images, labels)
-        _, features = judge(classifier, images)
-        save({"weights": classifier.state_dict(), "mean": features.mean(dim=0), "cov": features.T.cov()}, path)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(0)
+        classifier = make_classifier(DATASETS[name].image_channels, len(DATASETS[name].classes)).to(device)
+        if not path.exists():
+            say(f"training a classifier of {name}, once")
+            images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
+            train_classifier(classifier, images, labels)
+            _, features = judge(classifier, images)
+            save({"weights": classifier.state_dict(), "mean": features.mean(dim=0), "cov": features.T.cov()}, path)
     contents = load(path)
     with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
         classifier.load_state_dict(contents["weights"])
@@ -1453,11 +1455,13 @@ def sample_command(args):
     if not folder and args.out.suffix != ".png" or args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
         raise UserError(f"--out takes a .png or a folder, --gif a .gif and at most {BATCH} images")
     x_T = read_hand(model, args) if args.like else None
+    images = draw(model, labels, args, seeds, x_T)
     if args.gif:
         with replacing(args.gif) as file:
             steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))
-            save_film([(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps], file, columns)
-    images = draw(model, labels, args, seeds, x_T)
+            frames = [(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps]
+            save_film(frames, file, columns)
+        images, _ = frames[-1]
     if folder:
         for i, x_0 in enumerate(images):
             with replacing(args.out / f"{labels[i]}_{i:05d}.png") as file:
