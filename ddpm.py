@@ -828,7 +828,8 @@ def say(text, stream=None):
         say(ascii(text), stream)
     except Exception:  # closed, full or odd
         with suppress(Exception):  # what is still in its buffer would fail again when Python exits
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            number = stream.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -907,6 +908,8 @@ def replacing(path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with explained(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ValueError("it is a folder")
         temporary.touch()
     try:
         file = io.BytesIO()
@@ -1208,7 +1211,8 @@ def stop_requests(device, processes):
 def begin(args, out, rank, processes):
     """The Run that args ask for, begun or resumed. Raises UserError."""
     saved = load(out / "checkpoint.pt") if args.resume else None
-    config = settle_config(args, saved)
+    with explained(f"{out} holds no run that this ddpm.py can go on with"):
+        config = settle_config(args, saved)
     if config.batch_size % processes:
         raise UserError(f"--batch-size {config.batch_size} cannot be shared by {processes} processes")
     if rank == 0:
@@ -1418,10 +1422,10 @@ def load_and_say(args):
 def class_number(name, classes):
     """The number of the class called name; else of that number, where no class is called a number. Raises UserError."""
     numbers = [] if any(known.isdecimal() for known in classes) else [str(i) for i in range(len(classes))]
-    for names in classes, [known.lower() for known in classes], numbers:
-        for spelling in name, name.lower():
-            if names.count(spelling) == 1:
-                return names.index(spelling)
+    lower_case = [known.lower() for known in classes]
+    for spelling, names in (name, classes), (name.lower(), lower_case), (name, numbers):
+        if names.count(spelling) == 1:
+            return names.index(spelling)
     raise UserError(f"no class, or more than one, is called {name!r}: choose one of {', '.join(classes)}")
 
 
@@ -1508,6 +1512,7 @@ KINDS = {
     "switch": {"action": "store_true"},
     "count": {"type": in_range(int, 1, 10**9)},
     "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
+    "many": {"type": in_range(int, 65, 10000)},  # the covariance of 64 features takes more than 64 images
     "seed": {"type": in_range(int, 0, 2**31)},
     "number": {"type": in_range(float, 0, 99)},
     "share": {"type": in_range(float, 0, 1)},
@@ -1536,7 +1541,7 @@ sample                  like               word      write in the hand of this i
 sample                  like-label         word      the digit that --like shows
 sample                  gif                path      a film of the sampling, x_t above and x_0_hat below
 sample                  out                path      a .png file, or a folder to fill (default: samples.png)
-evaluate                count              count     images to draw, and real ones beside them (default: 10000)
+evaluate                count              many      images to draw, and real ones beside them (default: 10000)
 sample,evaluate         checkpoint         path      a weights.pt (default: the newest in runs/, else assets/mnist.pt)
 sample,evaluate         steps              count     from noise to image, at most T (default: {STEPS})
 sample,evaluate         eta                share     fresh noise, 0 to 1; 1 with T steps is Algorithm 2 (default: 0)
@@ -1593,12 +1598,14 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("ddpm.py: stopped; what is written stays", sys.stderr)
         return 130
-    except (UserError, MemoryError, RuntimeError) as error:
+    except UserError as error:
+        message = error
+    except (MemoryError, RuntimeError) as error:
         text = str(error) or "out of memory"  # a MemoryError has no text
-        hints = [hint for words, hint in HINTS.items() if words in text]
-        if isinstance(error, RuntimeError) and not hints:
+        message = next((hint for words, hint in HINTS.items() if words in text), None)
+        if message is None:
             raise
-    say(f"ddpm.py: error: {hints[0] if hints else text}", sys.stderr)
+    say(f"ddpm.py: error: {message}", sys.stderr)
     return 1
 
 
