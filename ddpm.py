@@ -3,25 +3,25 @@
 
 Add Gaussian noise to an image in T small steps, until only noise is left. Train a neural network to look at a noisy
 image and to predict the noise in it. Removing all of that noise at once would give a blur: the mean of all images that
-could have become this noisy one. So start from pure noise, remove a little of the predicted noise, look again, and
-repeat T times; a new image emerges. The network is also told the class y of the image, so it draws the digit you want.
+could have become this noisy one. So start from pure noise, remove a little of the predicted noise, add a little fresh
+noise, look again, and repeat T times; a new image emerges. The network also gets the class y, so it draws what you ask.
 
     Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
     Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
     Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image a prediction implies     section 5
-    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 for x_0          section 5
+    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back: mean μ̃_t, variance β̃_t    section 5
 
 "Eq." and "Algorithm" without an author are those of Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models"
-(arXiv 2006.11239). Six names, and their shapes for a batch of B images with C channels, height H and width W:
+(arXiv 2006.11239). The names, with shapes for a batch of B images with C channels, height H and width W:
 
-    x_0, x_t             clean image, with values in [-1, 1]; noisy image                      (B, C, H, W)
-    eps, eps_hat         ε, the noise in x_t; ε_θ, the network's prediction of it              (B, C, H, W)
-    x_0_hat              x̂_0, the clean image that x_t and eps_hat imply                       (B, C, H, W)
-    t, T                 index of a noising step; number of steps                              (B,) or an integer
-    betas                β_t, variance of the noise that step t adds                           (T,)
-    alphas_cumprod       ᾱ_t = (1-β_1) (1-β_2) ... (1-β_t), share of x_0's variance in x_t     (T,)
+    x_0, x_t        clean image, with values in [-1, 1]; noisy image                                  (B, C, H, W)
+    eps, eps_hat    ε, the noise in x_t; ε_θ, the network's prediction of it                          (B, C, H, W)
+    x_0_hat         x̂_0, the clean image that x_t and eps_hat imply                                   (B, C, H, W)
+    t, T            index of a noising step; number of steps                                          (B,) or an integer
+    betas           β_t, variance of the noise that step t adds; α_t = 1-β_t                          (T,)
+    alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t, the image's share of the variance of x_t, if it has 1      (T,)
 
-The paper counts t = 1..T, the code t = 0..T-1, so betas[0] is the paper's β_1. The clean image comes before t = 0.
+The paper counts t = 1..T, the code t = 0..T-1: at the code's t = 0, x_t has one step of noise; x_0 is the clean image.
 
     python ddpm.py sample --label 3      draw threes with the trained weights in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
@@ -39,8 +39,8 @@ from torch.nn import functional as F
 # PART ONE: DDPM
 # ======================================================================================================================
 #
-# A complete diffusion model: it learns and it draws. It uses math and torch only. Comments give shapes for MNIST, which
-# has grey images of 28x28 pixels, and for the default channels.
+# A complete diffusion model: it learns and it draws. It uses math and torch only. In comments, shapes are those of MNIST,
+# grey images of 28x28 pixels, and of the default channels; D = 128 is the length of the embeddings of t and y.
 
 
 @dataclass
@@ -55,39 +55,40 @@ class Config:
     # The diffusion process and the network.
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
-    channels: tuple = (32, 64, 128, 256)  # of the U-Net, one number for each size of the image (section 3)
-    prediction: str = "v"  # what the last layer gives out; the network turns it into ε_θ (section 3)
+    channels: tuple = (32, 64, 128, 256)  # of the U-Net, one number a size (section 3)
+    prediction: str = "v"  # what the last layer predicts (section 3); not a choice, but a mark
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # images in a step, B
-    lr: float = 2e-3  # the peak of the learning rate (section 9)
+    lr: float = 2e-3  # peak learning rate of AdamW; Muon's is ten times that (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
     seed: int = 0  # of the random numbers
 
     def __post_init__(self):
-        self.channels = tuple(self.channels)
+        self.channels = tuple(self.channels)  # a list is as good
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The noise schedule
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Noise is added in T small steps. Step t shrinks the image a little and adds Gaussian noise of variance β_t:
+# Noise is added in T small steps. Step t shrinks the image a little and adds Gaussian noise of variance β_t. If q stands
+# for the probabilities that come from this noising,
 #
 #     Eq. 2:  q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)
 #
 # The factor √(1-β_t) keeps the variance from growing: if x_{t-1} has variance 1, then x_t has (1-β_t) + β_t = 1. So the
 # network's input has about the same scale at every t.
 #
-# Why must β_t be small? Sampling has to reverse these steps. The reverse of a small step is close to a Gaussian, which
-# is easy to draw from; the reverse of a large step is not. A large step backwards would have to choose between
-# different images, a small one only has to nudge.
+# Why must β_t be small? Sampling has to reverse these steps. The reverse of a small step is close to a Gaussian
+# (Sohl-Dickstein et al. 2015, arXiv 1503.03585), which is easy to draw from; the reverse of a large step is not. A large
+# step backwards would have to choose between different images, a small one only has to nudge.
 #
-# The quantity to watch is ᾱ_t, the product of all α_s = 1 - β_s up to s = t. It is the share of the image's variance
-# that is left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. Sampling starts from pure
-# noise, which holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and
-# T = 1000, √ᾱ_T is 0.006.
+# The quantity to watch is ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t. It is the share of the image's variance that is left
+# after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. Sampling starts from pure noise, which
+# holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and T = 1000, √ᾱ_T is
+# 0.006.
 
 SCHEDULES = ("linear", "cosine")
 
@@ -99,7 +100,8 @@ def beta_schedule(schedule, timesteps):
     timesteps is T. Raises ValueError for any other name.
     """
     if schedule == "linear":
-        # From 0.0001 to 0.02 for T = 1000. Fewer steps have to be larger, or x_T would still show the image.
+        # From 0.0001 to 0.02 for T = 1000. Fewer steps have to be larger, or x_T would still show the image: ᾱ_T is
+        # about exp(-Σ β_t), and the factor keeps that sum.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # ᾱ falls more evenly than with the linear schedule. The offset 0.008 keeps the noise of the first steps from
@@ -109,7 +111,7 @@ def beta_schedule(schedule, timesteps):
         f = torch.cos((t_over_T + 0.008) / (1 + 0.008) * math.pi / 2) ** 2  # (T+1,)
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
-        raise ValueError(f"no schedule is called {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        raise ValueError(f"no schedule is called {schedule!r}: choose from {SCHEDULES}")
     # β = 1 would erase the image, and sampling would divide by ᾱ = 0. Nichol & Dhariwal limit β in the same way.
     return betas.clamp(max=0.999)
 
@@ -125,7 +127,8 @@ def cumulative_alphas(config):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # To train the network at step t, one needs x_t. Adding the noise step by step would take t draws. But a sum of
-# independent Gaussians is a Gaussian, so t steps of Eq. 2 collapse into one. Two steps, for example:
+# independent Gaussians is a Gaussian, so t steps of Eq. 2 collapse into one. Two steps, for example, with independent
+# ε_1, ε_2 ~ N(0, I):
 #
 #     x_2 = √α_2 x_1 + √β_2 ε_2
 #         = √α_2 (√α_1 x_0 + √β_1 ε_1) + √β_2 ε_2
@@ -151,10 +154,11 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # Input: a noisy image, the step t and the class y. Output: the noise in the image. The network needs to see the whole
-# (is this going to be a three?) and every single pixel. On the way down, it halves the image and doubles the channels,
-# to see the whole. On the way up, it returns to full size. At each size, a skip connection hands the details across.
+# (is this going to be a three?) and every single pixel. On the way down, the network halves the image at each level and
+# doubles the channels, to see the whole. On the way up, it returns to full size. At each size, a skip connection hands
+# the details across.
 #
-#     x_t (1, 28, 28)                                                             eps_hat (1, 28, 28)
+#     x_t (1, 28, 28)                                               v (1, 28, 28), which with x_t gives eps_hat
 #         │ conv_in                                                                     ▲ conv_out
 #     (32, 28, 28) ── encoder.0 ───────────────────── skip ───────────────────── decoder.0
 #         │ downsample.0                                                                ▲ upsample.0
@@ -188,10 +192,10 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    It is used for the last layer of each residual branch. The branch then adds nothing at first, so a block whose
-    shortcut is the identity begins as the identity: signals and gradients pass through undisturbed, however many blocks
-    there are, and each block learns what to add. This holds for the encoder, the middle and the attention. A decoder
-    block, which has to reduce its channels, begins as its 1x1 convolution instead.
+    A block below adds the output of its layers to its input. With its last layer at zero it adds nothing at first: the
+    block begins as the identity, signals and gradients pass through undisturbed, however many blocks there are, and each
+    block learns what to add. This holds for the encoder, the middle and the attention. A decoder block has to reduce its
+    channels, so it begins as a 1x1 convolution instead. The network's last layer begins at zero, too.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -211,8 +215,9 @@ class ResBlock(nn.Module):
     """Two convolutions whose result is added to their input. Time and class act between the two.
 
     One nn.Linear projects the time, another one the class. Their sum is a scale and a shift for each channel: the
-    adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has projections of
-    its own, so it can turn other features up and down than its neighbours, at this noise level and for this digit.
+    adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has its own
+    projections, so it can amplify or damp its own features, depending on the noise level and on the digit. There are two
+    because noise level and digit then act independently: what one says does not have to be learned anew for the other.
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
@@ -225,13 +230,15 @@ class ResBlock(nn.Module):
         self.class_proj = nn.Linear(emb_dim, 2 * out_channels)
         self.norm2 = group_norm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        # Where the number of channels changes, a 1x1 convolution adapts x, so that it can still be added.
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:  # a 1x1 convolution adapts x, so that it can still be added
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, t_emb, y_emb):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
         scale_and_shift = self.time_proj(t_emb) + self.class_proj(y_emb)  # (B, 2·out)
-        scale, shift = scale_and_shift[:, :, None, None].chunk(2, dim=1)  # each (B, out, 1, 1)
+        scale_and_shift = scale_and_shift[:, :, None, None]  # (B, 2·out, 1, 1): the same at each pixel
+        scale, shift = scale_and_shift.chunk(2, dim=1)  # each (B, out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift  # 1 + scale, so that 0 means no change
         h = self.conv2(F.silu(h))
         return self.shortcut(x) + h
@@ -254,20 +261,24 @@ class Attention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C): a sequence of positions
-        q, k, v = self.qkv(h).chunk(3, dim=2)  # each (B, H·W, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √C) v: (B, H·W, C)
+        query, key, value = self.qkv(h).chunk(3, dim=2)  # each (B, H·W, C)
+        # softmax(query keyᵀ / √C) value
+        h = F.scaled_dot_product_attention(query, key, value)  # (B, H·W, C)
         h = self.out(h).transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
         return x + h
 
 
-# What the last layer predicts. At large t, x_t is almost pure noise, so x_t itself is almost the answer, and a network
-# that starts from nothing spends its effort on copying it. So let the last layer predict the rest, and let the network
-# add a fixed share of x_t. The natural choice is v (Salimans & Ho 2022, arXiv 2202.00512), and Eq. 4 gives ε from it:
+# What the last layer predicts is not ε itself, but v (Salimans & Ho 2022, arXiv 2202.00512). Where there is much noise, x_t
+# is almost ε, and a network would have to copy its input and still say what is different. So let it predict only what x_t
+# does not show: v is about ε at small t, and about -x_0 at large t. In between, the pair (x_t, v) is the pair (x_0, ε),
+# rotated by the angle whose cosine is √ᾱ_t; rotated back, it gives ε and x_0:
 #
-#     v = √ᾱ_t ε - √(1-ᾱ_t) x_0        so        ε = √ᾱ_t v + √(1-ᾱ_t) x_t        and        x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+#     x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                     ε   = √ᾱ_t v + √(1-ᾱ_t) x_t
+#     v   = √ᾱ_t ε - √(1-ᾱ_t) x_0                     x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
 #
-# The last equation has no division. A network whose last layer predicts ε needs the one in Eq. 15, by √ᾱ_t, which
-# enlarges each error up to 160 times at large t (1 / 0.006). With v, an error keeps its size.
+# This tames errors, too. An error δ of v is an error √ᾱ_t δ of ε, and after the division by √ᾱ_t in Eq. 15 an error of
+# √(1-ᾱ_t) δ in x̂_0: never more than δ. If the last layer predicted ε, an error δ would become √(1-ᾱ_t)/√ᾱ_t δ in x̂_0, up
+# to 157 δ at t = T.
 
 
 class UNet(nn.Module):
@@ -281,18 +292,24 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.no_class = len(config.classes)
-        # In float32, on the device of the weights; not part of a checkpoint, since it follows from the config.
+        # float32 is enough for training. It is not part of a checkpoint, since it follows from the config.
         self.register_buffer("alphas_cumprod", cumulative_alphas(config).float(), persistent=False)
 
         channels = config.channels
-        self.emb_dim = emb_dim = 4 * channels[0]  # D = 128
-        self.time_mlp = nn.Sequential(nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU())
+        emb_dim = 4 * channels[0]  # D = 128
+        self.emb_dim = emb_dim
+        self.time_mlp = nn.Sequential(
+            nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU()
+        )
+        # The class needs no such layers: each class has a row of learned numbers.
         self.class_emb = nn.Embedding(len(config.classes) + 1, emb_dim)
 
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
         self.encoder = nn.ModuleList([ResBlock(c, c, emb_dim) for c in channels])
         pairs = list(zip(channels[:-1], channels[1:]))  # (32, 64), (64, 128), (128, 256)
-        self.downsample = nn.ModuleList([nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in pairs])
+        self.downsample = nn.ModuleList(
+            [nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in pairs]
+        )
         self.middle = ResBlock(channels[-1], channels[-1], emb_dim)
         self.attention = Attention(channels[-1])
         self.decoder = nn.ModuleList([ResBlock(2 * c, c, emb_dim) for c in channels])
@@ -308,7 +325,7 @@ class UNet(nn.Module):
         skips = []
         for level, block in enumerate(self.encoder):
             if level > 0:
-                h = self.downsample[level - 1](h)  # (B, 64, 14, 14), then (B, 128, 7, 7), then (B, 256, 4, 4)
+                h = self.downsample[level - 1](h)  # (B, 64, 14, 14) at level 1
             h = block(h, t_emb, y_emb)
             skips.append(h)
 
@@ -316,17 +333,18 @@ class UNet(nn.Module):
         h = self.attention(h)
 
         for level in reversed(range(len(self.decoder))):
-            h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4) first
-            h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4) first
+            h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4) at level 3
+            h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4)
             if level > 0:
-                # The 1x1 convolution comes first, since it is cheaper on the small image and the order does not matter.
-                h = self.upsample[level - 1](h)  # (B, 128, 4, 4) first
+                # A 1x1 convolution and the copying of pixels commute; on the small image, it is cheaper.
+                h = self.upsample[level - 1](h)  # (B, 128, 4, 4)
                 # The size comes from the skip: 4 doubled would be 8, but 7 is needed.
-                h = F.interpolate(h, size=skips[level - 1].shape[2:], mode="nearest")  # (B, 128, 7, 7) first
+                size = skips[level - 1].shape[2:]
+                h = F.interpolate(h, size=size, mode="nearest")  # (B, 128, 7, 7)
 
         v = self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, 28, 28)
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        # Eq. 4 and the definition of v: ε_θ = √ᾱ_t v + √(1-ᾱ_t) x_t
+        # ε_θ = √ᾱ_t v + √(1-ᾱ_t) x_t
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
 
@@ -334,23 +352,25 @@ class UNet(nn.Module):
 # 4. The training objective and Algorithm 1
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# In theory, the network should make the training images likely. A bound on their log-likelihood is a sum over the
-# steps, and almost all of its terms are a weighted squared error between the noise and its prediction (Eq. 12). Ho et
-# al. drop the weights, which are largest at small t. The simple loss cares more about larger t, where there is more to
-# decide, and they report better images with it. The sum over t becomes one random t for each image:
+# In theory, the network should make the training images likely. A bound on their log-likelihood is a sum over the steps.
+# Each term but the first and the last compares two Gaussians of the same variance, the true step backwards and the
+# network's (section 5). That is the squared distance of their means, or, by Eq. 4, a weighted squared error between ε and
+# ε_θ (Eq. 12). Ho et al. drop the weights, which are largest at small t: more than the bound does, the simple loss cares
+# about larger t, where there is more to decide. They report better images with it. The sum over t becomes one random t
+# for each image:
 #
 #     Algorithm 1:  repeat
-#                     x_0 ~ q(x_0),  t ~ Uniform(1, ..., T),  ε ~ N(0, I)
+#                     x_0, y from the training images,  t ~ Uniform(1, ..., T),  ε ~ N(0, I)
 #                     take a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
 # What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is the mean
 # of all ε that are possible given x_t. By Eq. 4 it implies the mean of all x_0 that are possible given x_t. At small t
 # that is one image; at large t, where x_t could be almost any digit, it is a blur.
 #
-# The weight 1/√ᾱ_t. With section 3, ε - ε_θ = √ᾱ_t (v - v_θ), where v_θ is what the last layer predicts. So L_simple is
-# a loss of v with the weight ᾱ_t, which all but ignores large t, where the digit is decided. The loss of v itself would
-# be L_simple with the weight 1/ᾱ_t. We take the geometric mean of the two weights, 1 and 1/ᾱ_t: it gave the best images
-# of the three (README, "How it differs from the paper").
+# Why is the loss weighted by 1/√ᾱ_t? With section 3, ε - ε_θ = √ᾱ_t (v - v_θ), where v_θ is what the last layer predicts.
+# Seen as a loss of v, L_simple has the weight ᾱ_t, and so all but ignores the largest t, where it is decided which digit
+# it will be. The loss of v itself would be L_simple with the weight 1/ᾱ_t. The code takes the geometric mean of the two
+# weights, 1 and 1/ᾱ_t. It gave the best images of the three.
 #
 # Why are labels dropped? For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -380,26 +400,37 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 # 5. Sampling: Algorithm 2
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# The way back, from x_t to x_{t-1}. If x_0 were known, x_{t-1} would follow a Gaussian, which Bayes' theorem gives. As
-# a function of x_{t-1}, up to factors without it,
+# How does one get from x_t back to x_{t-1}? If x_0 were known, x_{t-1} would follow a Gaussian, which Bayes' theorem
+# gives. A step of noise looks at nothing but the image before it, so q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}). Without
+# the factors that do not contain x_{t-1},
 #
-#     q(x_{t-1} | x_t, x_0)  ∝  q(x_t | x_{t-1})                             times  q(x_{t-1} | x_0)
-#     by Eq. 2 and Eq. 4        a bell at x_t / √α_t, variance β_t / α_t            a bell at √ᾱ_{t-1} x_0, variance 1-ᾱ_{t-1}
+#     q(x_{t-1} | x_t, x_0)  ∝  q(x_t | x_{t-1})  q(x_{t-1} | x_0)
 #
-# The product of two Gaussian bells is a bell. Their inverse variances add up, and its mean is the mean of the two,
-# weighted by their inverse variances:
+# As functions of x_{t-1}, both are bells. By Eq. 2, the first has its centre at x_t / √α_t and the variance β_t / α_t.
+# By Eq. 4, the second has its centre at √ᾱ_{t-1} x_0 and the variance 1-ᾱ_{t-1}. The product of two bells is a bell: add
+# the exponents and complete the square. The inverse variances add up, and the mean is the mean of the two centres,
+# weighted by the inverse variances:
 #
-#     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))                       using ᾱ_t = α_t ᾱ_{t-1}
-#     μ̃_t = β̃_t (α_t / β_t · x_t / √α_t + 1 / (1-ᾱ_{t-1}) · √ᾱ_{t-1} x_0)                        which is Eq. 7, below
+#     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))        as α_t (1-ᾱ_{t-1}) + β_t = 1-ᾱ_t
+#     μ̃_t = β̃_t (√α_t / β_t  x_t  +  √ᾱ_{t-1} / (1-ᾱ_{t-1})  x_0)                 which is Eq. 7, below
 #
-# But x_0 is not known. The network's ε_θ implies an estimate of it, x̂_0 (Eq. 15), and x̂_0 takes its place. It is a mean,
-# and at large t a blur. It may stand in for x_0 because it only has to be right for one small step, in which x_0 has
-# little weight; then the network looks again. With x̂_0, the mean μ̃_t equals Eq. 11, which the paper's Algorithm 2 has:
-# (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t. The code prefers x̂_0, since it can be clipped to [-1, 1].
+# But x_0 is not known. The network's ε_θ implies an estimate x̂_0 of it (Eq. 15), and x̂_0 takes its place. It is the mean
+# of all possible x_0, and at large t a blur. It may stand in for x_0 because μ̃_t is linear in x_0: at the mean of all
+# possible x_0, it is the mean of all possible x_{t-1}, and x_{t-1} is nearly Gaussian (section 1). Then the network looks
+# again. So one step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I):
 #
-# Two variances. β̃_t is right if the data is a single image, which is then known; β_t if the data is standard normal,
-# which is as little as can be known. Ho et al. tried both and found the results alike (section 3.2); this is β̃_t. In the
-# last step, β̃_t is 0 while β_t has a standard deviation of 0.01, close to the step between two grey values (2/255).
+#     Algorithm 2:  x_T ~ N(0, I)
+#                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
+#                                        x_{t-1} = μ̃_t(x_t, x̂_0) + √β̃_t z
+#
+# The paper writes the mean in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (Eq. 11). Put Eq. 15 into Eq. 7 to see that it
+# is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
+#
+# Ho et al. tried two variances and found the results alike (section 3.2): β̃_t, and β_t. The first is right if the data
+# is a single image, so that x_0 is known. The second is right if the data is standard normal: then so are x_{t-1} and x_t,
+# their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t. In the last step it is
+# 0, while β_t would leave noise with a standard deviation of 0.01 in the image, about one step between grey values
+# (2/255), and so hardly visible.
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -416,8 +447,8 @@ def predict_x_0(x_t, eps_hat, alpha_bar):
 def posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     """Mean and standard deviation of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, Eq. 6 and 7).
 
-    x_0, x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t < 1 and ᾱ_{t-1} > ᾱ_t, floats. Returns a tensor like x_0
-    and a float.
+    x_0, x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t and ᾱ_{t-1}, floats, alpha_bar < alpha_bar_prev <= 1.
+    Returns a tensor like x_0 and a float.
     """
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
@@ -435,7 +466,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
     """Algorithm 2 of Ho et al. 2020, with the class y: a generator that yields (x_{t-1}, x_0_hat) after each step.
 
     model is a UNet, or any function from (x_t, t, y) to eps_hat; x_T (B, C, H, W) is standard normal; y (B,);
-    alphas_cumprod (T,) in float64; randn_like(x) returns standard normal noise like x. The last pair has x_0, the image.
+    alphas_cumprod (T,) in float64, since 1-ᾱ_t is tiny at small t; randn_like(x) returns standard normal noise like x. In
+    the last pair, x_{t-1} is the finished image.
     """
     alpha_bars = alphas_cumprod.tolist()
     x_t = x_T
@@ -450,8 +482,9 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         yield x_t, x_0_hat
 
 
-# This is all of DDPM. You may stop here: the rest makes it faster, better and convenient. These lines train a model and
-# draw with it, given batches of images x_0 (B, C, H, W) in [-1, 1] and their classes y (B,), and nothing but Part One:
+# This is all of DDPM, with three additions: the class, v in the last layer, and a weight in the loss. You may stop here.
+# The rest makes it faster, better and more convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in
+# [-1, 1] and their classes y (B,), a Config and its model, these lines train and then draw an image for each class in y:
 #
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -464,7 +497,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #     for x_t, x_0_hat in ddpm_sampler(model, x_T, y, cumulative_alphas(config)):
 #         pass
 #
-# At the end, x_t holds an image for each class in y.
+# At the end, x_t holds the images.
 
 # ======================================================================================================================
 # PART TWO: better images in fewer steps
@@ -1255,6 +1288,8 @@ def train(args):
             if rank == 0 and save_now:
                 complete = run.save(out, args.sample_every)
 
+    if processes > 1:
+        torch.distributed.destroy_process_group()
     if rank == 0 and run.step < run.total_steps:
         say(f"stopped at step {run.step} of {run.total_steps}; go on with the same command and --resume")
         return 130
