@@ -511,23 +511,27 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # Algorithm 2 asks the network 1000 times. DDIM (Song et al. 2020, arXiv 2010.02502) gets by with 20.
 #
-# Training only ever used q(x_t | x_0), the noise level at each t. It never asked how one gets from x_t to x_{t-1}. So
-# any update is allowed that keeps each x_t at its noise level, that is, with a total noise variance of 1-ᾱ_t. DDIM takes
-# x̂_0 and noises it again to the lower level. A part of that noise, with standard deviation σ_t, is fresh; the rest is the
-# predicted noise, reused. The variances of the two parts, σ_t² and 1-ᾱ_{t-1}-σ_t², add up as they must.
+# Training only ever used q(x_t | x_0), the noise level at each t. It never asked how one gets from x_t to x_{t-1}. So any
+# update is allowed whose x_{t-1}, given x_0, has the distribution of Eq. 4 again: the share √ᾱ_{t-1} of the image, and
+# noise with a total variance of 1-ᾱ_{t-1}. Nor does "t-1" have to be the neighbour of t; it may be any lower level.
 #
-# η scales the fresh part. With η = 1 and all T steps, DDIM is Algorithm 2, written differently. With η = 0 no step is
-# random. Section 1 wanted small steps so that each reverse step is a Gaussian; without randomness there is nothing to
-# draw. The steps then follow a smooth curve, and a smooth curve can be followed in long steps.
+# DDIM takes x̂_0 and noises it again to the lower level. A part of that noise is fresh, with standard deviation σ_t. The
+# rest is the predicted noise, reused. The two are independent, so their variances, σ_t² and 1-ᾱ_{t-1}-σ_t², add up as
+# they must.
 #
-# Long steps are also why the last one must add no noise: from the lowest level that 20 steps visit, noise with a
-# standard deviation of 0.08 would remain, which is easy to see.
+# η scales the fresh part. With η = 1 it has the variance β̃_t, and with all T steps DDIM is Algorithm 2, written in terms
+# of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random. Section 1 wanted small steps so
+# that each reverse step is a Gaussian; without randomness there is nothing to draw. The steps then follow a smooth curve,
+# the solution of a differential equation (Song et al., section 4.3), and long steps can follow a smooth curve.
+#
+# The last step has to go to the clean image, whose ᾱ is 1. At the lowest t that 20 steps visit, noise with a standard
+# deviation of 0.17 is still in x_t, which is easy to see.
 
 
 def visited_steps(T, steps):
     """The t's that a sampler visits: steps + 1 integers, evenly spaced from T-1 (noise) down to -1 (the clean image).
 
-    For T = 1000 and 20 steps: 999, 949, ..., 49, -1. More than T steps are T steps.
+    For T = 1000 and 20 steps: 999, 949, ..., 49, -1. Asking for more than T steps gives T.
     """
     return torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
 
@@ -536,7 +540,8 @@ def visited_steps(T, steps):
 def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch.randn_like):
     """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler, with the same arguments.
 
-    steps >= 1 is the number of steps; eta in [0, 1] scales the fresh noise. In comments, t-1 is the next t visited.
+    steps >= 1 is the number of steps; eta in [0, 1] scales the fresh noise. In the comments, t-1 stands for t_prev, the
+    next t visited.
     """
     visited = visited_steps(len(alphas_cumprod), steps)
     alpha_bars = alphas_cumprod.tolist()
@@ -549,10 +554,13 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
         # Clipping x̂_0 changes the noise that it implies. Eq. 4, solved for ε:
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
         # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1})
-        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * math.sqrt(1 - alpha_bar / alpha_bar_prev)
+        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
+        sigma = sigma * math.sqrt(1 - alpha_bar / alpha_bar_prev)
         # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
-        mean = math.sqrt(alpha_bar_prev) * x_0_hat + math.sqrt(1 - alpha_bar_prev - sigma**2) * eps_hat
-        x_t = mean + sigma * randn_like(x_t) if sigma > 0 else mean
+        reused = math.sqrt(1 - alpha_bar_prev - sigma**2)
+        x_t = math.sqrt(alpha_bar_prev) * x_0_hat + reused * eps_hat
+        if sigma > 0:
+            x_t = x_t + sigma * randn_like(x_t)
         yield x_t, x_0_hat
 
 
@@ -560,20 +568,25 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 # 7. Guidance, and drawing
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# The network gives two predictions, one for class y and one for "no class". Their difference points from "a digit" to
-# "a four". Guidance goes further along it (Ho & Salimans 2022, arXiv 2207.12598, Eq. 6, with S = 1 + w):
+# The network gives two predictions, one for class y and one for "no class". Guidance starts at the second and goes
+# towards the first, and beyond it (Ho & Salimans 2022, arXiv 2207.12598, Eq. 6, with S = 1 + w):
 #
 #     ε̂ = ε_θ(x_t, t, none) + S (ε_θ(x_t, t, y) - ε_θ(x_t, t, none))
 #
-# S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The difference is, up to a factor, the gradient of
-# log p(y | x_t): guidance makes a four more clearly a four. So a classifier reads more of the images right. The price is
-# variety, since unusual fours are also less clearly fours, and the FID, which sees variety (section 12), first falls
-# because badly drawn digits become rare, and then rises. The README has the figures.
+# S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0, which is linear in ε: it
+# moves from "a digit" to "a four" and further. Why does that make a four more clearly a four? In theory, ε_θ is
+# -√(1-ᾱ_t) times the gradient of log p(x_t), so by Bayes' theorem the difference is -√(1-ᾱ_t) times the gradient of
+# log p(y | x_t): S > 1 makes the class more probable than the data does.
+#
+# So a classifier recognises more of the images. The price is variety, since unusual fours are less clearly fours. FID,
+# the distance between drawn and real images (section 12), sees both: as S grows, it first falls, because badly drawn
+# digits become rare, and then rises. The README has the figures.
 #
 # Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They found that it harms
 # variety at the noisiest steps and hardly matters at the last ones. Elsewhere, one call of the network is enough.
 
-STEPS, GUIDANCE, GUIDANCE_INTERVAL = 20, 1.4, (0.2, 0.6)  # the defaults; the interval is in shares of T
+# The defaults, chosen by FID on the seeds of --seed 0.
+STEPS, GUIDANCE, GUIDANCE_INTERVAL = 20, 1.4, (0.2, 0.6)  # the interval is in shares of T
 
 
 def has_bfloat16(device):
@@ -598,11 +611,12 @@ def half_precision(device):
 def guided(model, scale, interval=GUIDANCE_INTERVAL):
     """The guided prediction, as a function from (x_t, t, y) to eps_hat, for the samplers.
 
-    scale is S >= 0. Where t/T lies outside interval (low, high), S is at most 1. All images of a batch have the same t.
+    scale is S >= 0. Outside the interval (low, high) of t/T, guidance is off; S below 1 is no guidance and holds for all
+    t. All images of a batch have the same t.
     """
     low, high = sorted(interval)
 
-    def eps_hat(x_t, t, y):
+    def predict(x_t, t, y):
         inside = low <= t[0].item() / model.config.timesteps <= high
         S = scale if inside else min(scale, 1)
         with half_precision(x_t.device):
@@ -610,36 +624,42 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
                 return model(x_t, t, y)
             # Both predictions in one call, which is faster than two.
             none = torch.full_like(y, model.no_class)
-            eps_both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, none]))  # (2B, C, H, W)
+            y_both = torch.cat([y, none])  # (2B,)
+            eps_both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), y_both)  # (2B, C, H, W)
         eps_cond, eps_uncond = eps_both.chunk(2)
         return eps_uncond + S * (eps_cond - eps_uncond)
 
-    return eps_hat
+    return predict
 
 
 def seeded_randn_like(seeds):
     """A function like torch.randn_like, for batches of len(seeds) images, with a stream of random numbers for each.
 
     The noise of an image then depends on its seed alone, and not on the batch that it is drawn in. It is drawn on the
-    CPU, since a GPU draws other numbers for the same seed.
+    CPU, since a GPU draws different numbers for the same seed.
     """
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def randn_like(x):
-        noise = [torch.randn(x.shape[1:], generator=stream, dtype=x.dtype, device="cpu") for stream in streams]
+        shape, kind = x.shape[1:], {"dtype": x.dtype, "device": "cpu"}
+        noise = [torch.randn(shape, generator=stream, **kind) for stream in streams]
         return torch.stack(noise).to(x.device)
 
     return randn_like
 
 
-def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE, guidance_interval=GUIDANCE_INTERVAL,
-                 seeds=None, x_T=None):  # fmt: skip
+def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
+                 guidance_interval=GUIDANCE_INTERVAL, seeds=None, x_T=None):  # fmt: skip
     """Draws an image for each label: a generator that yields (x_t, x_0_hat) after each step; the last x_t is the image.
 
-    labels (N,) integers, a list or a tensor; steps >= 1; eta in [0, 1]; guidance is S >= 0, within guidance_interval,
-    shares of T; seeds are N integers, 0..N-1 by default; x_T (N or 1, C, H, W) is the noise to start from, by default
-    drawn from the seeds. With eta 1 and T steps this is Algorithm 2, else DDIM. Raises ValueError for labels that are
-    no class.
+    labels             (N,) integers, a list or a tensor
+    steps, eta         at least 1; in [0, 1]. With eta 1 and T steps this is Algorithm 2, else DDIM
+    guidance           S >= 0
+    guidance_interval  the shares of T between which S may be above 1
+    seeds              N integers, by default 0..N-1
+    x_T                (N or 1, C, H, W), the noise to start from, by default drawn from the seeds
+
+    Raises ValueError for a label outside the classes.
     """
     config = model.config
     device = model.alphas_cumprod.device
@@ -673,12 +693,13 @@ def sample(model, labels, **options):
 # slant and the width of the digit, the weight of the stroke. Sampled with another label, it gives another digit in the
 # same hand.
 #
-# It takes an image with some noise in it. In a perfectly clean one the network finds no noise, so there is nothing to
-# carry upwards, and the result is far from the pure noise that a sampler expects. So the first step is one of Eq. 4.
+# But in a perfectly clean image the network finds no noise, so there is nothing to carry upwards, and the result is far
+# from the pure noise that a sampler expects. So the image first gets the noise of the lowest level visited, by Eq. 4.
+# That draw has a fixed seed; it is the only random part.
 #
-# Inverting is unguided (S = 1): guidance changes the image on purpose, and would change it the other way on the way up.
-# Sampling unguided from the noise comes back to the image, nearly. Sampling guided draws the digit more clearly than
-# the image has it, which is what one wants of the new digits, so the sample command keeps its default there.
+# Inverting is unguided (S = 1). Guidance pushes the image towards its class on the way down, and on the way up it would
+# push it away. Sampling unguided from the noise comes back to the image, nearly. Sampling guided draws the digit more
+# clearly than the image has it, which is what one wants of the other digits, so the sample command stays guided.
 
 
 @torch.no_grad()
@@ -689,14 +710,15 @@ def invert(model, x_0, labels, steps=STEPS):
     """
     y = torch.as_tensor(labels, device=x_0.device)
     alpha_bars = cumulative_alphas(model.config).tolist()
-    upwards = visited_steps(len(alpha_bars), steps)[-2::-1]  # 49, 99, ..., 999: from little noise to much
+    downwards = visited_steps(len(alpha_bars), steps)[:-1]  # 999, 949, ..., 49
+    upwards = downwards[::-1]
     t = upwards[0]
     eps = seeded_randn_like(range(len(y)))(x_0)
     # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
     x_t = math.sqrt(alpha_bars[t]) * x_0 + math.sqrt(1 - alpha_bars[t]) * eps
     for t, t_next in zip(upwards[:-1], upwards[1:]):
-        # On the way down this step begins at t_next, on the way up at t. Asked about the middle between the two, the
-        # network leads back to x_0 more exactly than when it is asked about t.
+        # On the way down this step begins at t_next, on the way up at t. The network is asked about the middle between
+        # the two, as a compromise.
         eps_hat = model(x_t, torch.full_like(y, (t + t_next) // 2), y)
         # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is clipped, since what
         # is cut off would be missing on the way back.
@@ -709,25 +731,27 @@ def invert(model, x_0, labels, steps=STEPS):
 # 9. Training well
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# One step of Algorithm 1 with five additions: a learning rate that rises and falls, an optimizer for convolutions, clipped
-# gradients, averaged weights and bfloat16. A trained loss hardly changes after the first epochs: most of it comes from
-# small t, where the noise is fainter than detail that nobody can predict. The images go on improving all the same,
-# because they are decided at larger t, where the loss is far smaller.
+# One step of Algorithm 1 with four additions: a learning rate that rises and falls, an optimizer for convolutions,
+# averaged weights and bfloat16. The training loss hardly falls after the first epochs, because most of it comes from
+# small t, where the noise is fainter than detail that nobody can predict. The images go on improving all the same: they
+# are decided at larger t, where the loss is far smaller and goes on falling.
+#
+# The optimizers. AdamW scales each number of a gradient by itself. For the weights of convolutions, which are matrices,
+# Muon does better (below): the small network of the README draws clearly better digits with it after the same time.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are still unreliable. It
 # then falls along half a cosine to zero, so that the weights come to rest. It follows from the number of the step, so a
 # resumed run goes on where the curve was.
 #
-# Gradients are clipped to length 1, so that one unlucky batch cannot dominate the optimizers' averages.
-#
-# The weights for sampling are an exponential moving average (EMA) of the trained weights. Each step sees one batch with
-# random t and noise, so the weights jitter from step to step; their average does not. At first the average is kept
-# short, or it would remember the random first weights for thousands of steps.
+# The weights for sampling are an exponential moving average (EMA) of the trained weights, over roughly the last 1000
+# steps. Each step sees one batch with random t and noise, so the weights jitter from step to step; their average does
+# not. At first it covers only a tenth of the steps so far, or it would remember the random first weights for thousands of
+# steps.
 
 
 def learning_rate(step, total_steps):
     """The learning rate as a share of its peak: a linear warm-up, then half a cosine down to 0 at total_steps."""
-    warmup = min(500, max(1, total_steps // 20))
+    warmup = min(500, max(1, total_steps // 20))  # 5 % of the run, at most 500 steps
     if step < warmup:
         return (step + 1) / warmup
     decayed = (step - warmup) / max(1, total_steps - warmup)  # 0..1
@@ -737,11 +761,11 @@ def learning_rate(step, total_steps):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrix is made orthogonal.
 
-    The gradient of a weight matrix is dominated by a few directions, and AdamW, which scales each number by itself,
-    follows them. Muon gives all directions the same length: it replaces the singular values of the momentum matrix by
-    about 1. The weight of a convolution is such a matrix, (out, in·height·width).
+    Jordan's argument: a few directions dominate the gradient of a weight matrix. Muon lets the others count as well, by
+    bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a matrix,
+    (out, in·height·width).
 
-    params: tensors of two or more dimensions; lr: the length of each direction in a step.
+    params: tensors of two or more dimensions; lr: the length of a direction in a step.
     """
 
     def __init__(self, params, lr):
@@ -754,19 +778,22 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 0.05)
-                update = weight.grad.lerp(state["momentum"], 0.95)  # Nesterov's momentum
-                weight.sub_(orthogonalized(update.flatten(1)).view_as(weight), alpha=group["lr"])
+                average = state["momentum"].lerp_(weight.grad, 0.05)  # 0.95 average + 0.05 gradient
+                update = weight.grad.lerp(average, 0.95)  # Nesterov's momentum: the same once more
+                direction = orthogonalized(update.flatten(1))  # (out, in·height·width)
+                weight.sub_(direction.view_as(weight), alpha=group["lr"])
 
 
 def orthogonalized(matrix):
-    """The matrix with its singular values brought close to 1, by three steps of a Newton-Schulz iteration.
+    """The matrix with its singular values brought closer to 1, by three steps of a Newton-Schulz iteration.
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has their cubes.
-    Three steps make small ones up to 40 times as large, and keep large ones near 1. The coefficients are Jordan's.
+    Three steps bring large ones to between 0.7 and 1.2, and make small ones up to 40 times as large (3.4445³). The
+    coefficients are Jordan's, who takes five steps; three make a training step 8 % faster.
     """
     dtype = torch.bfloat16 if has_bfloat16(matrix.device) else matrix.dtype
-    X = (matrix / (matrix.norm() + 1e-7)).to(dtype)  # no singular value is above 1; the first gradients are 0
+    # Divided by the norm, no singular value is above 1. 1e-7, since layers in front of a zero one have no gradient yet.
+    X = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     for _ in range(3):
         A = X @ X.T
         B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)  # -4.7750 A + 2.0315 A A
@@ -775,7 +802,11 @@ def orthogonalized(matrix):
 
 
 def make_optimizers(model):
-    """Muon for the convolutions, except the first and the last; AdamW for everything else. Returns a list of the two."""
+    """Muon for the convolutions, except the first and the last; AdamW for everything else. Returns a list of the two.
+
+    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features. Muon's learning rate
+    is larger because its steps are spread over all directions: ten times that of AdamW did well.
+    """
     matrices, others = [], []
     for name, weight in model.named_parameters():
         inner = weight.ndim == 4 and not name.startswith(("conv_in", "conv_out"))
@@ -788,13 +819,13 @@ def make_optimizers(model):
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
     """Moves the averaged weights a little towards the trained ones: ema = d · ema + (1-d) · model."""
-    d = min(decay, (1 + step) / (10 + step))
+    d = min(decay, (1 + step) / (10 + step))  # at first 0.1, then rising
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - d)
 
 
 def train_step(model, ema, optimizers, x_0, y, step, total_steps):
-    """One step of Algorithm 1 at that step's learning rate; then the averaged weights, ema, follow.
+    """One step of Algorithm 1, with the learning rate for this step; then the averaged weights, ema, follow.
 
     x_0 (B, C, H, W) in [-1, 1]; y (B,); step in 0..total_steps-1. Returns the loss, a scalar tensor.
     """
