@@ -237,7 +237,8 @@ class ResBlock(nn.Module):
     def forward(self, x, t_emb, y_emb):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
         scale_and_shift = self.time_proj(t_emb) + self.class_proj(y_emb)  # (B, 2·out)
-        scale_and_shift = scale_and_shift[:, :, None, None]  # (B, 2·out, 1, 1): the same at each pixel
+        # The same at each pixel:
+        scale_and_shift = scale_and_shift[:, :, None, None]  # (B, 2·out, 1, 1)
         scale, shift = scale_and_shift.chunk(2, dim=1)  # each (B, out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift  # 1 + scale, so that 0 means no change
         h = self.conv2(F.silu(h))
@@ -918,13 +919,16 @@ class Dataset:
     classes: tuple  # their names
 
 
-IDX = "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte"
-CLOTHES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+IDX = (
+    "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+    "t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
+)
+CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
+THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
 DATASETS = {
     "mnist": Dataset("MNIST", "MNIST/raw", IDX, 1, 28, Config.classes),
-    "fashion-mnist": Dataset("FashionMNIST", "FashionMNIST/raw", IDX, 1, 28, CLOTHES),
-    "cifar10": Dataset("CIFAR10", "", "cifar-10-python.tar.gz", 3, 32, THINGS),
+    "fashion-mnist": Dataset("FashionMNIST", "FashionMNIST/raw", IDX, 1, 28, tuple(CLOTHES.split(", "))),
+    "cifar10": Dataset("CIFAR10", "", "cifar-10-python.tar.gz", 3, 32, tuple(THINGS.split(", "))),
 }
 
 
@@ -935,13 +939,17 @@ def load_dataset(name, data_dir, train=True):
     """
     if name not in DATASETS:
         raise UserError(f"there is no data set called {name}")
-    source, timeout = DATASETS[name], socket.getdefaulttimeout()
-    with explained(f"cannot read or download {name}: put {source.files} into {Path(data_dir, source.folder)}"):
-        import torchvision  # not above, since it takes as long to import as torch, and sampling needs none of it
+    source = DATASETS[name]
+    timeout = socket.getdefaulttimeout()
+    folder = Path(data_dir, source.folder)
+    with explained(f"cannot read or download {name}: put {source.files} into {folder}"):
+        # It takes as long to import as torch, and sampling needs none of it.
+        import torchvision
 
+        dataset_class = getattr(torchvision.datasets, source.torchvision_name)
         socket.setdefaulttimeout(30)  # seconds; torchvision would wait forever
         try:
-            dataset = getattr(torchvision.datasets, source.torchvision_name)(data_dir, train=train, download=True)
+            dataset = dataset_class(data_dir, train=train, download=True)
         finally:
             socket.setdefaulttimeout(timeout)
         labels = torch.as_tensor(dataset.targets)
@@ -949,7 +957,7 @@ def load_dataset(name, data_dir, train=True):
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)  # (N, C, H, W)
         shape = (len(labels), source.image_channels, source.image_size, source.image_size)
         if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(source.classes):
-            raise ValueError(f"images {tuple(images.shape)} and {len(labels)} labels do not fit each other or the set")
+            raise ValueError("images and labels do not fit each other or the data set")
     return images.contiguous(), labels
 
 
@@ -980,7 +988,8 @@ def replacing(path):
         yield file
         with explained(f"cannot write {path}"), open(temporary, "wb") as disk:
             disk.write(file.getvalue())
-            os.fsync(disk.fileno())  # on the disk, not just on its way there, before the old file is given up
+            # The old file is not given up before the new one is on the disk, and not just on its way there.
+            os.fsync(disk.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1013,11 +1022,12 @@ def load_model(path=None, device="cpu"):
     """
     path = path or find_weights()
     contents = load(path)
-    with explained(f"{path} holds no weights for the network of this ddpm.py; of a run, give the weights.pt"):
+    with explained(f"{path} has no weights for this network; of a run, give the weights.pt"):
         config = Config(**contents["config"])
         if config.prediction != Config.prediction:
-            raise ValueError(f"its last layer predicts {config.prediction}, not {Config.prediction}")
-        with torch.random.fork_rng(devices=[]):  # the first weights are random; the caller's random numbers stay
+            raise ValueError(f"its last layer predicts {config.prediction}")
+        # A new network has random weights, but the caller's random numbers must stay as they are.
+        with torch.random.fork_rng(devices=[]):
             model = UNet(config).float()
         model.load_state_dict(contents["weights"])
     return model.to(device).requires_grad_(False)
@@ -1037,7 +1047,8 @@ def to_image(x, columns=None):
     """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default about a square."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     missing = -len(x) % columns  # in the last row
-    cells = F.pad(to_bytes(x), (0, 2, 0, 2, 0, 0, 0, missing))  # (rows·columns, C, H+2, W+2): two black pixels between
+    # Two black pixels behind each row and column of an image, and black images behind the last one:
+    cells = F.pad(to_bytes(x), (0, 2, 0, 2, 0, 0, 0, missing))  # (rows·columns, C, H+2, W+2)
     rows = [torch.cat(list(row), dim=2) for row in cells.split(columns)]  # each (C, H+2, width)
     grid = torch.cat(rows, dim=1)[:, :-2, :-2]  # (C, height, width)
     return Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
@@ -1056,7 +1067,8 @@ def save_film(frames, file, columns):
 
     frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image.
     """
-    film = [ImageOps.scale(to_image(torch.cat(pair), columns), 3, Image.Resampling.NEAREST) for pair in frames]
+    images = [to_image(torch.cat(pair), columns) for pair in frames]
+    film = [ImageOps.scale(image, 3, Image.Resampling.NEAREST) for image in images]
     milliseconds = [max(20, 4000 // len(film))] * (len(film) - 1) + [2000]
     film[0].save(file, "GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
 
@@ -1074,7 +1086,8 @@ def read_digit(path, size=28):
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16 or 32 bits: stretch what the image uses of them to 8
             values = np.asarray(image, np.float64)
-            image = Image.fromarray(np.interp(values, (values.min(), values.max()), (0, 255)).astype(np.uint8))
+            values = np.interp(values, (values.min(), values.max()), (0, 255))
+            image = Image.fromarray(values.astype(np.uint8))
         grey, alpha = image.convert("LA").split()
         # A transparent ground becomes white or black, whichever the ink stands out from.
         ground = 255 if np.average(grey, weights=alpha) < 128 else 0
@@ -1089,12 +1102,16 @@ def read_digit(path, size=28):
         raise UserError(f"{path} shows no digit: nothing in it stands out from its ground")
     ink = Image.fromarray((ink / ink.max() - 0.15).clip(0))  # without the grain of the paper
     side = 20 * size // 28
-    digit = np.asarray(ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR))
-    digit = (digit / np.median(digit[digit > 0.3 * digit.max()])).clip(0, 1)  # strokes as white as in MNIST
-    centre_of_mass = [np.average(index, weights=digit) for index in np.indices(digit.shape)]
-    top, left = [min(max(0, round(size / 2 - c)), size - n) for c, n in zip(centre_of_mass, digit.shape)]
+    digit = ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR)
+    digit = np.asarray(digit)
+    typical = np.median(digit[digit > 0.3 * digit.max()])  # of a stroke, which is white in MNIST
+    digit = (digit / typical).clip(0, 1)
+    height, width = digit.shape
+    row, column = [np.average(index, weights=digit) for index in np.indices(digit.shape)]  # of mass
+    top = min(max(0, round(size / 2 - row)), size - height)
+    left = min(max(0, round(size / 2 - column)), size - width)
     x_0 = torch.full((1, 1, size, size), -1.0, dtype=torch.float32)
-    x_0[0, 0, top : top + digit.shape[0], left : left + digit.shape[1]] = torch.from_numpy(digit * 2 - 1)
+    x_0[0, 0, top : top + height, left : left + width] = torch.from_numpy(digit * 2 - 1)
     return x_0
 
 
@@ -1116,7 +1133,8 @@ class Run:
         self.config = config
         self.images, self.labels = images.to(device), labels.to(device)
         self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
-        self.steps_per_epoch = max(1, len(images) // config.batch_size)  # the remainder, always another one, is skipped
+        # The remainder of an epoch, other images each time, is skipped.
+        self.steps_per_epoch = max(1, len(images) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.model = UNet(config).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -1137,7 +1155,8 @@ class Run:
         shuffle = torch.Generator().manual_seed(hash((self.config.seed, epoch)))
         order = torch.randperm(len(self.images), generator=shuffle)
         share = order[position * B : (position + 1) * B][rank::processes].to(self.images.device)
-        torch.manual_seed(hash((self.config.seed, self.step, rank)))  # for t, the noise and the dropped labels
+        # For t, the noise and the dropped labels:
+        torch.manual_seed(hash((self.config.seed, self.step, rank)))
         return from_bytes(self.images[share]), self.labels[share]
 
     def report(self, images_per_s):
@@ -1145,7 +1164,8 @@ class Run:
         epoch, position = divmod(self.step - 1, self.steps_per_epoch)
         loss = self.loss_sum.item() / (position + 1)
         minutes = (self.total_steps - self.step) * self.config.batch_size / images_per_s / 60
-        say(f"epoch {epoch + 1}  step {self.step}  loss {loss:.4f}  {images_per_s:.0f} images/s  {minutes:.1f} min left")
+        place = f"epoch {epoch + 1}  step {self.step}  loss {loss:.4f}"
+        say(f"{place}  {images_per_s:.0f} images/s  {minutes:.1f} min left")
         if position + 1 == self.steps_per_epoch:
             self.log.append(f"{epoch + 1},{self.step},{loss:.6f}")
             self.loss_sum.zero_()
@@ -1156,7 +1176,7 @@ class Run:
         Returns whether the other files could be written too. Raises UserError if checkpoint.pt could not, or would be of
         no use."""
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
-            raise UserError("the training has diverged since the last save: begin another run with a lower --lr")
+            raise UserError("the training has diverged: begin another run with a lower --lr")
         contents = {"config": asdict(self.config), "checksum": self.checksum, "log": self.log}
         contents |= {"step": self.step, "loss_sum": self.loss_sum.item()}
         contents["parts"] = [part.state_dict() for part in self.parts]
@@ -1199,7 +1219,7 @@ class Run:
 
 def claim(out):
     """Makes the folder of a new run. Raises UserError if there is anything in it, another run for example."""
-    with explained(f"cannot begin a run in {out}: add --resume to go on with one, or choose another --out"):
+    with explained(f"cannot begin a run in {out}: add --resume, or choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError("the folder is not empty")
@@ -1208,14 +1228,16 @@ def claim(out):
 
 def settle_config(args, saved):
     """The Config of a new run, or, if there is a saved state, of the run that goes on. Raises UserError."""
-    given = {name: value for name, value in vars(args).items() if value is not None and hasattr(Config, name)}
+    flags = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
+    given = {name: value for name, value in flags.items() if value is not None}
     if saved is None:
         source = DATASETS[given.get("dataset", Config.dataset)]
-        images = {name: getattr(source, name) for name in ("image_channels", "image_size", "classes")}
-        return Config(**given, **images)
+        for name in "image_channels", "image_size", "classes":
+            given[name] = getattr(source, name)
+        return Config(**given)
     config = Config(**saved["config"] | given)
     if asdict(config) | {"epochs": 0} != saved["config"] | {"epochs": 0}:
-        raise UserError("the run began with other options: beside --resume, give no option of it anew, except --epochs")
+        raise UserError("the run began with other options: beside --resume, give only --epochs anew")
     return config
 
 
@@ -1223,7 +1245,7 @@ def join_processes(device, rank, processes):
     """Joins the processes that torchrun started: waits until all are here, and returns this one's device."""
     if processes == 1:
         return device
-    with explained("WORLD_SIZE is set, but the other processes cannot be found: start them with torchrun"):
+    with explained("WORLD_SIZE is set, but no other process is found: start them with torchrun"):
         backend = "gloo"
         if device.type == "cuda":
             backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1257,7 +1279,7 @@ def stop_requests(device, processes):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:
             with suppress(ValueError):  # only the main thread may do this
-                handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
+                handlers[number] = signal.signal(number, lambda number, _: received.append(number))
 
     def asked():
         count = torch.tensor(len(received), device=device)
@@ -1278,12 +1300,11 @@ def begin(args, out, rank, processes):
     with explained(f"{out} holds no run that this ddpm.py can go on with"):
         config = settle_config(args, saved)
     if config.batch_size % processes:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared by {processes} processes")
+        raise UserError(f"{processes} processes cannot share a batch of {config.batch_size} images")
     if rank == 0:
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
-        load_dataset(config.dataset, args.data_dir)  # before the others, so that one process alone downloads
-        if not saved:
-            claim(out)
+        # Before the others, so that one process alone downloads:
+        load_dataset(config.dataset, args.data_dir)
     device = join_processes(torch.device(args.device), rank, processes)
     run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
     if saved:
@@ -1303,12 +1324,15 @@ def train(args):
     out = Path(args.out or f"runs/{args.dataset or Config.dataset}")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run = begin(args, out, rank, processes)
+    if rank == 0 and not args.resume:
+        claim(out)
     complete = rank > 0 or run.save(out, args.sample_every)
     first_step, started_at, stopping = run.step, time.monotonic(), False
     with stop_requests(run.images.device, processes) as asked_to_stop:
         while run.step < run.total_steps and not stopping:
             x_0, y = run.batch(rank, processes)
-            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, run.step, run.total_steps)
+            place = run.step, run.total_steps
+            run.loss_sum += train_step(run.model, run.ema, run.optimizers, x_0, y, *place)
             run.step += 1
 
             stopping = asked_to_stop()
@@ -1322,10 +1346,10 @@ def train(args):
     if processes > 1:
         torch.distributed.destroy_process_group()
     if rank == 0 and run.step < run.total_steps:
-        say(f"stopped at step {run.step} of {run.total_steps}; go on with the same command and --resume")
+        say(f"stopped at step {run.step} of {run.total_steps}; the same with --resume goes on")
         return 130
     if not complete:
-        raise UserError("trained, but not all files could be written: the same command with --resume writes them")
+        raise UserError("trained, but not all files could be written: --resume writes them")
     if rank == 0:
         say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
 
@@ -1362,7 +1386,8 @@ def make_classifier(image_channels, classes):
     """A small convolutional network: images (B, C, H, W) in [-1, 1] -> features (B, 64) -> logits (B, classes)."""
 
     def block(in_channels, out_channels):
-        return nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
+        convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        return convolution, nn.BatchNorm2d(out_channels), nn.ReLU()
 
     features = nn.Sequential(
         *block(image_channels, 16),
@@ -1382,7 +1407,8 @@ def make_classifier(image_channels, classes):
 def judge(classifier, images):
     """What a classifier says of images (N, C, H, W) uint8: probabilities (N, classes), features (N, 64), float64, CPU."""
     features, head = classifier.eval()
-    f = torch.cat([features(from_bytes(batch.to(head.weight.device))) for batch in images.split(BATCH)])
+    batches = images.to(head.weight.device).split(BATCH)
+    f = torch.cat([features(from_bytes(batch)) for batch in batches])  # (N, 64)
     return head(f).cpu().double().softmax(dim=1), f.cpu().double()
 
 
@@ -1424,16 +1450,17 @@ def load_classifier(name, data_dir, device):
     If assets/ has none, it is trained now and kept there. Raises UserError when that takes data that is unavailable, or
     when the file is damaged.
     """
-    path = ASSETS / f"classifier_{name}.pt"
+    source, path = DATASETS[name], ASSETS / f"classifier_{name}.pt"
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(0)
-        classifier = make_classifier(DATASETS[name].image_channels, len(DATASETS[name].classes)).to(device)
+        classifier = make_classifier(source.image_channels, len(source.classes)).to(device)
         if not path.exists():
             say(f"training a classifier of {name}, once")
             images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
             train_classifier(classifier, images, labels)
             _, features = judge(classifier, images)
-            save({"weights": classifier.state_dict(), "mean": features.mean(dim=0), "cov": features.T.cov()}, path)
+            mean, cov = features.mean(dim=0), features.T.cov()
+            save({"weights": classifier.state_dict(), "mean": mean, "cov": cov}, path)
     contents = load(path)
     with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
         classifier.load_state_dict(contents["weights"])
@@ -1444,7 +1471,8 @@ def draw(model, labels, args, seeds, x_T=None):
     """Samples in batches: labels and seeds are lists (N), args as parsed. Yields the images one by one, (C, H, W)."""
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
-        yield from sample(model, labels[part], seeds=seeds[part], x_T=x_T, **sampling_options(args)).cpu()
+        options = sampling_options(args) | {"seeds": seeds[part], "x_T": x_T}
+        yield from sample(model, labels[part], **options).cpu()
         say(f"{len(labels[: part.stop])} of {len(labels)}")
 
 
@@ -1469,7 +1497,8 @@ def evaluate(args):
         accuracy = (probabilities.argmax(dim=1) == y).double().mean()
         fid = frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov)
         score = inception_score(probabilities)
-        say(f"{len(x):>5} {title:<11}  label accuracy {accuracy:.2%}  FID {fid:.3f}  Inception Score {score:.3f}")
+        line = f"{len(x):>5} {title:<11}  label accuracy {accuracy:.2%}"
+        say(f"{line}  FID {fid:.3f}  Inception Score {score:.3f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1487,26 +1516,29 @@ def load_and_say(args):
 
 def class_number(name, classes):
     """The number of the class called name; else of that number, where no class is called a number. Raises UserError."""
-    numbers = [] if any(known.isdecimal() for known in classes) else [str(i) for i in range(len(classes))]
     lower_case = [known.lower() for known in classes]
+    numbers = [str(i) for i in range(len(classes))]
+    if any(known.isdecimal() for known in classes):
+        numbers = []
     for spelling, names in (name, classes), (name.lower(), lower_case), (name, numbers):
         if names.count(spelling) == 1:
             return names.index(spelling)
-    raise UserError(f"no class, or more than one, is called {name!r}: choose one of {', '.join(classes)}")
+    raise UserError(f"{name!r} names no class, or several: choose from {', '.join(classes)}")
 
 
 def read_hand(model, args):
     """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError."""
     name, classes = model.config.dataset, model.config.classes
     if args.like_label is None or model.config.image_channels != 1:
-        raise UserError("--like needs --like-label, the digit that the image shows, and a model of grey images")
+        raise UserError("--like needs --like-label, the digit it shows, and a model of grey images")
     number = class_number(args.like_label, classes)
     x_0 = read_digit(args.like, model.config.image_size)
     if (ASSETS / f"classifier_{name}.pt").exists():
         probabilities, _ = judge(load_classifier(name, None, "cpu")[0], to_bytes(x_0))
         read = probabilities.argmax().item()
         if read != number:
-            say(f"ddpm.py: warning: {args.like} looks like {classes[read]}: the hand may come out wrong", sys.stderr)
+            doubt = f"{args.like} looks like {classes[read]}, so the hand may come out wrong"
+            say(f"ddpm.py: warning: {doubt}", sys.stderr)
     return invert(model, x_0.to(args.device), [number], args.steps)
 
 
@@ -1521,9 +1553,11 @@ def sample_command(args):
     seeds = [args.seed * 1_000_000 + i // len(row) for i in range(len(labels))]
     folder = args.out.is_dir() or not args.out.suffix
     if folder and any(args.out.glob("*.png")):
-        raise UserError(f"{args.out} has images in it already: choose another --out, or remove them")
-    if not folder and args.out.suffix != ".png" or args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
-        raise UserError(f"--out takes a .png or a folder, --gif a .gif and at most {BATCH} images")
+        raise UserError(f"{args.out} has images in it: choose another --out, or remove them")
+    if not folder and args.out.suffix != ".png":
+        raise UserError("--out takes a .png or a folder")
+    if args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
+        raise UserError(f"--gif takes a .gif and at most {BATCH} images")
     x_T = read_hand(model, args) if args.like else None
     images = draw(model, labels, args, seeds, x_T)
     if args.gif:
@@ -1548,12 +1582,19 @@ def shapes_command(args):
     C, size = source.image_channels, source.image_size
     model = UNet(Config(channels=args.channels or Config.channels, image_channels=C))
     say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
+
+    def print_when_run(name, block):
+        parameters = sum(p.numel() for p in block.parameters())
+
+        def hook(block, inputs, output):
+            shape = str(tuple(output.shape[1:]))
+            say(f"{name or 'total':<14} {shape:<18} {parameters:>10,}")
+
+        block.register_forward_hook(hook)
+
     for name, block in model.named_modules():
         if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
-            parameters = sum(p.numel() for p in block.parameters())
-            row = f"{name or 'total':<14} {{!s:<18}} {parameters:>10,}"
-            # A hook runs when its block has run, so the rows come in the order of the forward pass.
-            block.register_forward_hook(lambda block, inputs, out, row=row: say(row.format(tuple(out.shape[1:]))))
+            print_when_run(name, block)  # in the order of the forward pass
     model(torch.zeros(1, C, size, size), torch.tensor([0]), torch.tensor([0]))
 
 
@@ -1578,7 +1619,8 @@ KINDS = {
     "switch": {"action": "store_true"},
     "count": {"type": in_range(int, 1, 10**9)},
     "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
-    "many": {"type": in_range(int, 65, 10000)},  # the covariance of 64 features takes more than 64 images
+    # The covariance of 64 features takes more than 64 images, and there are 10,000 test images.
+    "many": {"type": in_range(int, 65, 10000)},
     "seed": {"type": in_range(int, 0, 2**31)},
     "number": {"type": in_range(float, 0, 99)},
     "share": {"type": in_range(float, 0, 1)},
@@ -1588,59 +1630,74 @@ KINDS = {
     "device": {"choices": DEVICES},
 }
 FLAGS = f"""
-train                   dataset            dataset   what to learn (default: {Config.dataset})
-train                   epochs             count     passes over the training images (default: {Config.epochs})
-train                   batch-size         count     images in a step (default: {Config.batch_size})
-train                   lr                 share     peak learning rate (default: {Config.lr})
-train                   timesteps          count     T, the number of noising steps (default: {Config.timesteps})
-train                   schedule           schedule  of the noise (default: {Config.schedule})
-train                   channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
-train                   class-dropout      share     share of labels to drop (default: {Config.class_dropout})
-train                   ema-decay          share     of the averaged weights, a step (default: {Config.ema_decay})
-train                   out                path      folder of the run (default: runs/DATASET)
-train                   sample-every       count     epochs between sample images (default: 1)
-train                   resume             switch    go on with the run in --out, by its own options
-train                   compile            switch    use torch.compile: a minute's wait, then faster steps on a GPU
-sample                  label              words     class, or classes of a row, by name or number (default: all)
-sample                  count              count     images of one label (default: 16; with --like 1), or rows (default: 1)
-sample                  like               word      write in the hand of this image of a digit, PNG or JPEG
-sample                  like-label         word      the digit that --like shows
-sample                  gif                path      a film of the sampling, x_t above and x_0_hat below
-sample                  out                path      a .png file, or a folder to fill (default: samples.png)
-evaluate                count              many      images to draw, and real ones beside them (default: 10000)
-sample,evaluate         checkpoint         path      a weights.pt (default: the newest in runs/, else assets/mnist.pt)
-sample,evaluate         steps              count     from noise to image, at most T (default: {STEPS})
-sample,evaluate         eta                share     fresh noise, 0 to 1; 1 with T steps is Algorithm 2 (default: 0)
-sample,evaluate         guidance           number    S: 0 unconditional, 1 conditional, above 1 guided (default: {GUIDANCE})
-sample,evaluate         guidance-interval  shares    shares of T: where S may be above 1 (default: 0.2 0.6)
-train,evaluate          data-dir           path      folder of the data sets; what is missing is downloaded (default: data)
-train,sample,evaluate   seed               seed      of the random numbers (default: 0)
-train,sample,evaluate   device             device    where to run (default: the fastest)
-shapes                  dataset            dataset   whose images (default: {Config.dataset})
-shapes                  channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
+train
+dataset            dataset   what to learn (default: {Config.dataset})
+epochs             count     passes over the training images (default: {Config.epochs})
+batch-size         count     images in a step (default: {Config.batch_size})
+lr                 share     peak learning rate (default: {Config.lr})
+timesteps          count     T, the number of noising steps (default: {Config.timesteps})
+schedule           schedule  of the noise (default: {Config.schedule})
+channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
+class-dropout      share     share of labels to drop (default: {Config.class_dropout})
+ema-decay          share     of the averaged weights, a step (default: {Config.ema_decay})
+out                path      folder of the run (default: runs/DATASET)
+sample-every       count     epochs between sample images (default: 1)
+resume             switch    go on with the run in --out, by its own options
+compile            switch    use torch.compile: a minute's wait, then faster steps on a GPU
+
+sample
+label              words     class, or classes of a row, by name or number (default: all)
+count              count     images (default: 16, with --like 1), or rows (default: 1)
+like               word      write in the hand of this image of a digit, PNG or JPEG
+like-label         word      the digit that --like shows
+gif                path      a film of the sampling, x_t above and x_0_hat below
+out                path      a .png file, or a folder to fill (default: samples.png)
+
+evaluate
+count              many      images to draw, and real ones beside them (default: 10000)
+
+sample evaluate
+checkpoint         path      a weights.pt (default: the newest in runs/, or assets/mnist.pt)
+steps              count     from noise to image, at most T (default: {STEPS})
+eta                share     fresh noise; 1 with T steps is Algorithm 2 (default: 0)
+guidance           number    S; 0: no class, 1: no guidance (default: {GUIDANCE})
+guidance-interval  shares    shares of T between which S may be above 1 (default: 0.2 0.6)
+
+train evaluate
+data-dir           path      folder of the data; what is missing is downloaded (default: data)
+
+train sample evaluate
+seed               seed      of the random numbers (default: 0)
+device             device    where to run (default: {DEVICES[0]})
+
+shapes
+dataset            dataset   whose images (default: {Config.dataset})
+channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
 """
-
-
 SAMPLING = {"steps": STEPS, "eta": 0, "guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
 COMMANDS = {  # name: function, help, defaults
-    "train": (train, "train a model; write weights, log and samples into a folder", {"sample_every": 1}),
-    "sample": (sample_command, "draw images with trained weights", {"seed": 0, "out": Path("samples.png"), **SAMPLING}),
-    "evaluate": (evaluate, "draw images, measure how good they are", {"seed": 0, "count": 10000, **SAMPLING}),
-    "shapes": (shapes_command, "show each block's output shape and number of parameters", {"dataset": Config.dataset}),
+    "train": (train, "train a model into a folder", {"sample_every": 1}),
+    "sample": (sample_command, "draw images", SAMPLING | {"seed": 0, "out": Path("samples.png")}),
+    "evaluate": (evaluate, "measure how good drawn images are", SAMPLING | {"seed": 0, "count": 10000}),
+    "shapes": (shapes_command, "show the blocks of the network", {"dataset": Config.dataset}),
 }
 
 
 def make_parser():
     """The commands and their flags, as the tables have them. What is not given and has no default is None."""
-    parser = argparse.ArgumentParser(prog="ddpm.py", description="A diffusion model that draws handwritten digits.")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", help="each has its own --help")
-    for command, (function, help, defaults) in COMMANDS.items():
-        subparser = subparsers.add_parser(command, help=help, description=help)
-        subparser.set_defaults(function=function, device=DEVICES[0], data_dir=Path("data"), **defaults)
-        for line in FLAGS.strip().splitlines():
-            commands, flag, kind, help = line.split(maxsplit=3)
-            if command in commands.split(","):
-                subparser.add_argument("--" + flag, help=help, **KINDS[kind])
+    parser = argparse.ArgumentParser(prog="ddpm.py", description=__doc__.splitlines()[0])
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", help="has its own --help")
+    commands = {}
+    for name, (function, help, defaults) in COMMANDS.items():
+        commands[name] = subparsers.add_parser(name, help=help, description=help)
+        commands[name].set_defaults(function=function, device=DEVICES[0], data_dir=Path("data"))
+        commands[name].set_defaults(**defaults)
+    for block in FLAGS.strip().split("\n\n"):
+        names, *lines = block.splitlines()
+        for line in lines:
+            flag, kind, help = line.split(maxsplit=2)
+            for name in names.split():
+                commands[name].add_argument("--" + flag, help=help, **KINDS[kind])
     return parser
 
 

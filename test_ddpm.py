@@ -1383,7 +1383,7 @@ def test_two_processes_are_one(data):
     assert one["parts"][0]["conv_out.weight"].abs().max() > 0.005  # at first, it was zero
 
 
-@pytest.mark.parametrize("processes, word", [("2", "torchrun"), ("3", "16 cannot be shared by 3")])
+@pytest.mark.parametrize("processes, word", [("2", "torchrun"), ("3", "3 processes cannot share a batch of 16")])
 def test_processes_that_cannot_be(data, monkeypatch, capsys, processes, word):
     """WORLD_SIZE without torchrun, and a batch that cannot be shared evenly, are explained in one line."""
     monkeypatch.setenv("WORLD_SIZE", processes)
@@ -1523,7 +1523,7 @@ def test_class_names(line):
     if number:
         assert ddpm.class_number(name.strip(), classes.strip().split(",")) == int(number)
     else:
-        with pytest.raises(ddpm.UserError, match="choose one of"):
+        with pytest.raises(ddpm.UserError, match="choose from"):
             ddpm.class_number(name.strip(), classes.strip().split(","))
 
 
