@@ -56,7 +56,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # of the U-Net, one number a size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); not a choice, but a mark
+    prediction: str = "v"  # what the last layer predicts (section 3); a mark in files, no choice
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # images in a step, B
@@ -429,9 +429,9 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 #
 # Ho et al. tried two variances and found the results alike (section 3.2): β̃_t, and β_t. The first is right if the data
 # is a single image, so that x_0 is known. The second is right if the data is standard normal: then so are x_{t-1} and x_t,
-# their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t. In the last step it is
-# 0, while β_t would leave noise with a standard deviation of 0.01 in the image, about one step between grey values
-# (2/255), and so hardly visible.
+# their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t, which is 0 in the last
+# step anyway. With β_t, it is z = 0 that keeps the last noise out of the image; with a standard deviation of 0.01, about
+# one step between grey values (2/255), it would hardly be visible.
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -523,8 +523,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # variances, σ_t² and 1-ᾱ_{t-1}-σ_t², add up as they must.
 #
 # η scales the fresh part. With η = 1 it has the variance β̃_t, and with all T steps DDIM is
-# Algorithm 2, written in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0
-# no step is random. Section 1 wanted small steps so that each reverse step is a Gaussian; without
+# Algorithm 2, written in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η =
+# 0 no step is random. Section 1 wanted small steps so that each reverse step is a Gaussian; without
 # randomness there is nothing to draw. The steps then follow a smooth curve, the solution of a
 # differential equation (Song et al., section 4.3), and long steps can follow a smooth curve.
 #
@@ -677,7 +677,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     """
     config = model.config
     device = model.alphas_cumprod.device
-    y = torch.as_tensor(labels, device=device)
+    y = torch.as_tensor(labels, dtype=torch.long, device=device)
     if y.min() < 0 or y.max() >= len(config.classes):
         raise ValueError(f"labels {y.tolist()} are not all in 0..{len(config.classes) - 1}")
     randn_like = seeded_randn_like(range(len(y)) if seeds is None else seeds)
@@ -876,7 +876,7 @@ def train_step(model, ema, optimizers, x_0, y, step, total_steps):
 # PART THREE: the program
 # ======================================================================================================================
 #
-# What surrounds the model: files, runs, measurements and commands. Nothing in it is needed to
+# What surrounds the model: files, runs, measurements and commands. None of it is needed to
 # understand diffusion.
 
 import argparse
@@ -896,19 +896,19 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-BATCH = 256  # images that are drawn, or judged, at once
+BATCH = 256  # images drawn or judged at a time
 
 
 class UserError(ValueError):
-    """Something that the user can put right. The message says what is wrong and what to do; main
-    prints just that.
+    """An error that the user can fix. The message says what is wrong and what to do; main prints
+    only the message.
     """
 
 
 @contextmanager
 def explained(message):
-    """with explained("cannot read it"): whatever goes wrong inside, with files or other processes,
-    becomes a UserError.
+    """with explained("cannot read it"): any exception inside becomes a UserError that begins with
+    this message.
     """
     try:
         yield
@@ -920,16 +920,15 @@ def explained(message):
 
 
 def say(text, stream=None):
-    """Prints a line for a command, to stdout by default. Whatever is wrong with stdout, the work
-    goes on.
+    """Prints a line, to stdout by default. If that fails, for whatever reason, the work goes on.
     """
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
-    except UnicodeEncodeError:  # the code page lacks a character
+    except UnicodeEncodeError:  # the stream's encoding lacks a character
         say(ascii(text), stream)
-    except Exception:  # closed, full or odd
-        with suppress(Exception):  # what is still in its buffer would fail again when Python exits
+    except Exception:  # the stream is closed, or its disk is full
+        with suppress(Exception):  # discard the rest, or flushing it at exit would fail again
             number = stream.fileno()
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
@@ -938,20 +937,21 @@ def say(text, stream=None):
 # 10. Data, checkpoints, images
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero as
-# the noise is. The whole set stays on the device as bytes (MNIST: 47 MB), so a batch is an index
-# away and there is no loader to wait for. A data set of 3x32x32 images, CIFAR-10 for example,
-# changes only the Config: conv_in and conv_out have three image channels, and the sizes in the
-# U-Net are 32, 16, 8 and 4.
+# Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero,
+# like the noise. The whole set stays on the device as bytes (MNIST: 47 MB), so a batch takes one
+# indexing operation, and there is no loader to wait for. Another data set needs only an entry in
+# DATASETS, from which its Config follows. For the 3x32x32 images of CIFAR-10, for example, conv_in
+# and conv_out have three image channels, and the sizes in the U-Net are 32, 16, 8 and 4.
 
 
 @dataclass
 class Dataset:
-    """Where a data set comes from, and what a model has to know of its images, which are square."""
+    """Where a data set comes from, and what a model has to know about its images, which are square.
+    """
 
     torchvision_name: str  # a class of torchvision.datasets that takes root, train and download
-    folder: str  # where that class looks for its files, in --data-dir
-    files: str  # what it looks for
+    folder: str  # the subfolder of --data-dir where that class looks for its files
+    files: str  # their names, for the error message
     image_channels: int
     image_size: int
     classes: tuple  # their names
@@ -982,11 +982,11 @@ def load_dataset(name, data_dir, train=True):
     timeout = socket.getdefaulttimeout()
     folder = Path(data_dir, source.folder)
     with explained(f"cannot read or download {name}: put {source.files} into {folder}"):
-        # It takes as long to import as torch, and sampling needs none of it.
+        # Imported here because the import is slow and sampling does not need it.
         import torchvision
 
         dataset_class = getattr(torchvision.datasets, source.torchvision_name)
-        socket.setdefaulttimeout(30)  # seconds; torchvision would wait forever
+        socket.setdefaulttimeout(30)  # seconds; without a limit, torchvision would wait forever
         try:
             dataset = dataset_class(data_dir, train=train, download=True)
         finally:
@@ -996,28 +996,27 @@ def load_dataset(name, data_dir, train=True):
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)  # (N, C, H, W)
         shape = (len(labels), source.image_channels, source.image_size, source.image_size)
         if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(source.classes):
-            raise ValueError("images and labels do not fit each other or the data set")
+            raise ValueError("the images or labels do not have the expected shape or values")
     return images.contiguous(), labels
 
 
-# Files. A run leaves two files to be loaded. weights.pt is for sampling: the averaged weights in
-# half precision, and the Config. checkpoint.pt is for resuming, and each of its parts would be
-# missed: without the optimizers' averages, the next steps have wrong directions and lengths;
-# without the trained weights, training goes on from the averaged ones; without the averaged
-# weights, the average starts anew; without the number of the step, so do the learning rate and the
-# order of the images. Both files hold tensors and plain values and are read with weights_only=True,
-# since a pickle can run any program.
+# Files. A run leaves two files that can be loaded again. weights.pt is for sampling: the averaged
+# weights in half precision, and the Config. checkpoint.pt is for resuming, and none of its parts
+# can be left out: without the optimizers' averages, the next steps have wrong directions and
+# lengths; without the trained weights, training goes on from the averaged ones; without the
+# averaged weights, the average starts anew; without the step number, the learning rate and the
+# order of the images start anew, too. Both files hold tensors and plain values and are read with
+# weights_only=True, since unpickling can run arbitrary code.
 
-FORMAT = 2  # in each file, so that another edition of this program can refuse it
+FORMAT = 2  # of all files; raise it when old files would be misread
 
 
 @contextmanager
 def replacing(path):
-    """with replacing(path) as file: write to it, in memory; then it becomes the file path, which is
-    never half written.
+    """with replacing(path) as file: what is written to file is collected in memory and then
+    replaces path, which is never half written.
 
-    Raises UserError at once if no file can be written there, before the work that makes its
-    contents.
+    Raises UserError at once if path cannot be written, before any work is spent on its contents.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with explained(f"cannot write {path}"):
@@ -1030,8 +1029,8 @@ def replacing(path):
         yield file
         with explained(f"cannot write {path}"), open(temporary, "wb") as disk:
             disk.write(file.getvalue())
-            # The old file is not given up before the new one is on the disk, and not just on its
-            # way there.
+            # The old file is replaced only once the new one is on the disk, and not just in a
+            # buffer.
             os.fsync(disk.fileno())
             os.replace(temporary, path)
     finally:
@@ -1045,13 +1044,14 @@ def save(contents, path):
 
 
 def load(path):
-    """Reads what save wrote, onto the CPU. Raises UserError when that is not possible, or path is
-    something else.
+    """Reads what save wrote, onto the CPU. Raises UserError if path cannot be read or is no such
+    file.
     """
-    with explained(f"cannot read {path} as a file of this ddpm.py"):
+    with explained(f"cannot read {path} as a file of this version of ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        if contents["format"] != FORMAT:
-            raise ValueError("it is of another edition, whose network predicts something else")
+        predicts = contents.get("config", {}).get("prediction", Config.prediction)
+        if contents["format"] != FORMAT or predicts != Config.prediction:
+            raise ValueError("it was written by another version, whose network predicts something else")
     return contents
 
 
@@ -1063,16 +1063,13 @@ def find_weights():
 def load_model(path=None, device="cpu"):
     """The model of a weights.pt, by default that of find_weights, ready for sampling.
 
-    Raises UserError when the file cannot be read, is something else, or its network predicts
-    something else.
+    Raises UserError if the file cannot be read, is no weights.pt, or belongs to another network.
     """
     path = path or find_weights()
     contents = load(path)
-    with explained(f"{path} has no weights for this network; of a run, give the weights.pt"):
+    with explained(f"{path} holds no weights for this network; of a run's files, give weights.pt"):
         config = Config(**contents["config"])
-        if config.prediction != Config.prediction:
-            raise ValueError(f"its last layer predicts {config.prediction}")
-        # A new network has random weights, but the caller's random numbers must stay as they are.
+        # Building a network draws random numbers; the caller's generator must not notice.
         with torch.random.fork_rng(devices=[]):
             model = UNet(config).float()
         model.load_state_dict(contents["weights"])
@@ -1080,22 +1077,23 @@ def load_model(path=None, device="cpu"):
 
 
 def from_bytes(images):
-    """Pixels as files have them, 0..255 in uint8, as the network wants them: float32 in [-1, 1]."""
+    """Turns pixels as in files, uint8 in 0..255, into what the network wants: float32 in [-1, 1].
+    """
     return images.to(torch.float32) / 127.5 - 1
 
 
 def to_bytes(x):
-    """The way back, on the CPU: x in [-1, 1] as uint8, rounded; what lies outside is cut."""
+    """The way back: x, clamped to [-1, 1] and rounded, as uint8 in 0..255, on the CPU."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def to_image(x, columns=None):
-    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid of so many columns, by default
-    about a square.
+    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid with that many columns, by default
+    about square.
     """
     columns = columns or math.ceil(math.sqrt(len(x)))
     missing = -len(x) % columns  # in the last row
-    # Two black pixels behind each row and column of an image, and black images behind the last one:
+    # Two black pixels below and to the right of each image, and black images after the last:
     cells = F.pad(to_bytes(x), (0, 2, 0, 2, 0, 0, 0, missing))  # (rows·columns, C, H+2, W+2)
     rows = [torch.cat(list(row), dim=2) for row in cells.split(columns)]  # each (C, H+2, width)
     grid = torch.cat(rows, dim=1)[:, :-2, :-2]  # (C, height, width)
@@ -1103,8 +1101,8 @@ def to_image(x, columns=None):
 
 
 def generate_number(model, label, seed=0):
-    """One digit, for a notebook: model from load_model, label a class by number or name -> PIL
-    image (MNIST: 28x28).
+    """One digit, for a notebook: model is from load_model; label is the number or name of a class.
+    Returns a PIL image.
 
     Raises UserError, which is a ValueError, when there is no such class.
     """
@@ -1112,8 +1110,8 @@ def generate_number(model, label, seed=0):
 
 
 def save_film(frames, file, columns):
-    """Writes the steps of a sampling as a GIF: x_t above, x_0_hat below, and two seconds of the
-    last step at the end.
+    """Writes the steps of a sampling as a GIF: x_t above, x_0_hat below. The last frame stays for
+    two seconds.
 
     frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image.
     """
@@ -1124,12 +1122,13 @@ def save_film(frames, file, columns):
 
 
 def read_digit(path, size=28):
-    """An image file of one digit, as MNIST would show it: x_0 (1, 1, size, size) in [-1, 1].
+    """Reads an image file of one digit and makes it look as in MNIST: x_0 (1, 1, size, size) in
+    [-1, 1].
 
-    Grey or colour, dark on light or light on dark, on plain ground with nothing else on it. As in
-    MNIST (LeCun et al. 1998, section III.A), the digit fits into a box of 20x20 pixels, and its
-    centre of mass lies in the middle of 28x28. Raises UserError when the file is not an image or
-    shows nothing.
+    It may be grey or coloured, dark on light or light on dark; the background must be plain and
+    empty. As in MNIST (LeCun et al. 1998, section III.A), the digit fits into a box of 20x20
+    pixels, and its centre of mass lies in the middle of 28x28. Raises UserError when the file is
+    not an image or shows nothing.
     """
     with explained(f"cannot read {path} as an image"):
         image = Image.open(path)
@@ -1140,22 +1139,22 @@ def read_digit(path, size=28):
             values = np.interp(values, (values.min(), values.max()), (0, 255))
             image = Image.fromarray(values.astype(np.uint8))
         grey, alpha = image.convert("LA").split()
-        # A transparent ground becomes white or black, whichever the ink stands out from.
+        # A transparent background becomes white or black, whichever contrasts with the ink.
         ground = 255 if np.average(grey, weights=alpha) < 128 else 0
         grey = Image.composite(grey, Image.new("L", grey.size, ground), alpha)
         grey.thumbnail((200, 200))
-    # Light is seldom even, so the paper is the median of a wide neighbourhood. Ink is what differs
-    # from it, in the direction in which it differs more.
+    # The lighting is seldom even, so the paper is the median of a wide neighbourhood. Ink is what
+    # differs from it, in the direction in which it differs more.
     paper = grey.resize((32, 32)).filter(ImageFilter.MedianFilter(17)).resize(grey.size)
     ink = np.asarray(grey, np.float32) - np.asarray(paper, np.float32)  # (height, width)
     ink = max(ink, -ink, key=np.max)
     if ink.max() < 40:
-        raise UserError(f"{path} shows no digit: nothing in it stands out from its ground")
-    ink = Image.fromarray((ink / ink.max() - 0.15).clip(0))  # without the grain of the paper
+        raise UserError(f"{path} shows no digit: nothing in it stands out from the background")
+    ink = Image.fromarray((ink / ink.max() - 0.15).clip(0))  # 0.15 removes the paper's grain
     side = 20 * size // 28
     digit = ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR)
     digit = np.asarray(digit)
-    typical = np.median(digit[digit > 0.3 * digit.max()])  # of a stroke, which is white in MNIST
+    typical = np.median(digit[digit > 0.3 * digit.max()])  # value of a stroke; in MNIST it is white
     digit = (digit / typical).clip(0, 1)
     height, width = digit.shape
     row, column = [np.average(index, weights=digit) for index in np.indices(digit.shape)]  # of mass
@@ -1170,8 +1169,8 @@ def read_digit(path, size=28):
 # 11. A run
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# train, at the end of this section, is Algorithm 1 with a report. Before it stands what a run needs
-# besides: its state and its files, its options, its batches, its processes and its signals.
+# train, at the end of this section, is Algorithm 1 with a report. What else a run needs comes
+# first: its state and its files, its options, its batches, its processes and its signals.
 
 REPORT_EVERY, SAVE_EVERY = 50, 500  # steps
 
@@ -1184,7 +1183,7 @@ class Run:
         self.config = config
         self.images, self.labels = images.to(device), labels.to(device)
         self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
-        # The remainder of an epoch, other images each time, is skipped.
+        # Images that do not fill a batch are skipped, different ones in each epoch.
         self.steps_per_epoch = max(1, len(images) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.model = UNet(config).to(device)
@@ -1200,11 +1199,11 @@ class Run:
         them.
 
         All randomness follows from the seed and the number of the step, so a resumed run needs no
-        state of a generator.
+        saved generator state.
         """
         B = self.config.batch_size
         epoch, position = divmod(self.step, self.steps_per_epoch)
-        # Python's hash of integers is the same in every process.
+        # Python's hash of a tuple of integers, unlike a string's, is the same in every process.
         shuffle = torch.Generator().manual_seed(hash((self.config.seed, epoch)))
         order = torch.randperm(len(self.images), generator=shuffle)
         share = order[position * B : (position + 1) * B][rank::processes].to(self.images.device)
@@ -1213,8 +1212,8 @@ class Run:
         return from_bytes(self.images[share]), self.labels[share]
 
     def report(self, images_per_s):
-        """Prints where the run is. At the end of an epoch, adds a line to log.csv and begins the
-        mean loss anew.
+        """Prints where the run is. At the end of an epoch, adds a line to log.csv and resets the
+        mean loss.
         """
         epoch, position = divmod(self.step - 1, self.steps_per_epoch)
         loss = self.loss_sum.item() / (position + 1)
@@ -1230,7 +1229,7 @@ class Run:
         other files.
 
         Returns whether the other files could be written too. Raises UserError if checkpoint.pt
-        could not, or would be of no use.
+        could not be written, or the weights are not finite.
         """
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
             raise UserError("the training has diverged: begin another run with a lower --lr")
@@ -1241,8 +1240,8 @@ class Run:
         return self.step == 0 or self.write_outputs(out, sample_every)
 
     def restore(self, saved):
-        """Goes on from what save wrote. Raises UserError when it does not fit, or began with other
-        data.
+        """Goes on from what save wrote. Raises UserError if that does not fit this run, or comes
+        from other data.
         """
         with explained("this run cannot go on"):
             if saved["checksum"] != self.checksum:
@@ -1255,7 +1254,7 @@ class Run:
     def write_outputs(self, out, sample_every):
         """Writes weights.pt, log.csv and samples_EPOCH.png. Returns whether it could.
 
-        They follow from the state, so what another program holds open now is written at the next
+        They follow from the state, so a file that cannot be written now is written at the next
         save, or by --resume.
         """
         epoch, position = divmod(self.step, self.steps_per_epoch)
@@ -1285,7 +1284,7 @@ def claim(out):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError("the folder is not empty")
-        (out / "log.csv").touch(exist_ok=False)  # fails if another process has been faster
+        (out / "log.csv").touch(exist_ok=False)  # fails if another run was faster
 
 
 def settle_config(args, saved):
@@ -1301,7 +1300,7 @@ def settle_config(args, saved):
         return Config(**given)
     config = Config(**saved["config"] | given)
     if asdict(config) | {"epochs": 0} != saved["config"] | {"epochs": 0}:
-        raise UserError("the run began with other options: beside --resume, give only --epochs anew")
+        raise UserError("the run began with other options: with --resume, only --epochs may change")
     return config
 
 
@@ -1311,7 +1310,7 @@ def join_processes(device, rank, processes):
     """
     if processes == 1:
         return device
-    with explained("WORLD_SIZE is set, but no other process is found: start them with torchrun"):
+    with explained("WORLD_SIZE is set, but not all processes were found: start them with torchrun"):
         backend = "gloo"
         if device.type == "cuda":
             backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1337,11 +1336,11 @@ def share_gradients(model, processes):
 
 @contextmanager
 def stop_requests(device, processes):
-    """Gives a function that says whether a signal asked this or another process to stop: all leave
+    """Yields a function that says whether a signal asked any process to stop, so that all stop
     after the same step.
 
-    A signal that was ignored when the program started, as under nohup, stays ignored. Afterwards,
-    all are as before.
+    A signal that was ignored when the program started, as under nohup, stays ignored. The old
+    handlers are restored at the end.
     """
     received, handlers = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -1351,9 +1350,10 @@ def stop_requests(device, processes):
                 handlers[number] = signal.signal(number, lambda number, _: received.append(number))
 
     def asked():
+        if processes == 1:
+            return bool(received)
         count = torch.tensor(len(received), device=device)
-        if processes > 1:
-            torch.distributed.all_reduce(count)
+        torch.distributed.all_reduce(count)
         return count.item() > 0
 
     try:
@@ -1366,13 +1366,13 @@ def stop_requests(device, processes):
 def begin(args, out, rank, processes):
     """The Run that args ask for, begun or resumed. Raises UserError."""
     saved = load(out / "checkpoint.pt") if args.resume else None
-    with explained(f"{out} holds no run that this ddpm.py can go on with"):
+    with explained(f"cannot begin or resume the run in {out}"):
         config = settle_config(args, saved)
     if config.batch_size % processes:
         raise UserError(f"{processes} processes cannot share a batch of {config.batch_size} images")
     if rank == 0:
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
-        # Before the others, so that one process alone downloads:
+        # This process reads first, so that only one downloads:
         load_dataset(config.dataset, args.data_dir)
     device = join_processes(torch.device(args.device), rank, processes)
     run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
@@ -1416,10 +1416,10 @@ def train(args):
     if processes > 1:
         torch.distributed.destroy_process_group()
     if rank == 0 and run.step < run.total_steps:
-        say(f"stopped at step {run.step} of {run.total_steps}; the same with --resume goes on")
+        say(f"stopped at step {run.step} of {run.total_steps}; repeat the command with --resume to go on")
         return 130
     if not complete:
-        raise UserError("trained, but not all files could be written: --resume writes them")
+        raise UserError("training is complete, but not all files could be written: --resume writes them")
     if rank == 0:
         say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
 
@@ -1428,13 +1428,14 @@ def train(args):
 # 12. Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# How good are the images? Three numbers say it. Each is blind to something, so none is given alone;
-# and each stands beside the same number for as many real test images, without which nobody knows
-# what a good value is.
+# How good are the images? Three numbers measure it. Each is blind to something, so none is given
+# alone; and each stands beside the same number for as many real test images, without which nobody
+# knows what a good value is.
 #
 # Label accuracy: how often does a classifier read the digit that was asked for? It sees whether the
-# class arrived, not whether the image looks like handwriting: a printed 3 would pass. With guidance
-# it can be higher than for real images, some of which are hard to read; that is not a merit.
+# class came through, not whether the image looks like handwriting: a printed 3 would pass. With
+# guidance it can be higher than for real images, some of which are hard to read; that is not a
+# merit.
 #
 # FID (Heusel et al. 2017, arXiv 1706.08500): compute the classifier's penultimate-layer features of
 # the samples and of all training images, describe each set by its mean and covariance, and measure
@@ -1448,11 +1449,8 @@ def train(args):
 # and does it find all classes equally often? It goes from 1 to the number of classes. It sees
 # neither style nor variety within a class, and is given because it is widely known (here over all
 # images at once, not as the mean of ten parts).
-#
-# One more number needs no samples: the loss of section 4 with all labels, on images that the
-# network has trained on and on others. If it is clearly larger on the latter, the model overfits.
 
-CLASSIFIER_STEPS = 1900  # of training; about as many images as four epochs of MNIST
+CLASSIFIER_STEPS = 1900  # of 128 images each, about four epochs of MNIST
 
 
 def make_classifier(image_channels, classes):
@@ -1519,7 +1517,7 @@ def train_classifier(classifier, images, labels):
         optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(step, CLASSIFIER_STEPS)
         batch = torch.randint(len(images), (128,))
         # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not
-        # its place. (What leaves on one side comes back on the other; MNIST's margin is all but
+        # its position. (What leaves on one side comes back on the other; MNIST's margin is all but
         # empty.)
         shift = torch.randint(-2, 3, (2,)).tolist()
         x = from_bytes(images[batch]).roll(shift, dims=(2, 3))
@@ -1533,8 +1531,8 @@ def load_classifier(name, data_dir, device):
     """The classifier of a data set, and mean (64,) and covariance (64, 64) of its features of the
     training images.
 
-    If assets/ has none, it is trained now and kept there. Raises UserError when that takes data
-    that is unavailable, or when the file is damaged.
+    If assets/ has none, it is trained now and kept there. Raises UserError if the data for that is
+    unavailable, or if the file is damaged.
     """
     source, path = DATASETS[name], ASSETS / f"classifier_{name}.pt"
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
@@ -1570,8 +1568,8 @@ def sampling_options(args):
 
 
 def evaluate(args):
-    """The evaluate command: draws images, judges them beside as many real ones, and prints a line
-    for each.
+    """The evaluate command: draws images, judges them and as many real ones, and prints a line for
+    each of the two sets.
     """
     model = load_and_say(args)
     name = model.config.dataset
@@ -1597,7 +1595,7 @@ def evaluate(args):
 
 
 def load_and_say(args):
-    """The model of --checkpoint, with a line that says which weights it has."""
+    """Loads the model of --checkpoint and prints which file it came from."""
     path = args.checkpoint or find_weights()
     model = load_model(path, args.device)
     say(f"weights: {path} ({model.config.dataset})")
@@ -1605,8 +1603,8 @@ def load_and_say(args):
 
 
 def class_number(name, classes):
-    """The number of the class called name; else of that number, where no class is called a number.
-    Raises UserError.
+    """The index of the class called name; name may be the index itself, unless some class is called
+    a number. Raises UserError.
     """
     lower_case = [known.lower() for known in classes]
     numbers = [str(i) for i in range(len(classes))]
@@ -1615,7 +1613,7 @@ def class_number(name, classes):
     for spelling, names in (name, classes), (name.lower(), lower_case), (name, numbers):
         if names.count(spelling) == 1:
             return names.index(spelling)
-    raise UserError(f"{name!r} names no class, or several: choose from {', '.join(classes)}")
+    raise UserError(f"{name!r} is not the name of exactly one class: choose from {', '.join(classes)}")
 
 
 def read_hand(model, args):
@@ -1640,7 +1638,8 @@ def sample_command(args):
     them.
     """
     model = load_and_say(args)
-    # One label fills a square; several make a row, a number for example, that is drawn count times.
+    # Images of one label fill a square. Several labels, the digits of a number for example, make a
+    # row, drawn count times.
     row = [class_number(name, model.config.classes) for name in args.label or model.config.classes]
     columns = len(row) if len(row) > 1 else None
     labels = row * (args.count or (1 if columns or args.like else 16))
@@ -1650,17 +1649,18 @@ def sample_command(args):
     if folder and any(args.out.glob("*.png")):
         raise UserError(f"{args.out} has images in it: choose another --out, or remove them")
     if not folder and args.out.suffix != ".png":
-        raise UserError("--out takes a .png or a folder")
+        raise UserError("--out takes a .png file or a folder")
     if args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
-        raise UserError(f"--gif takes a .gif and at most {BATCH} images")
+        raise UserError(f"--gif takes a .gif file and at most {BATCH} images")
     x_T = read_hand(model, args) if args.like else None
-    images = draw(model, labels, args, seeds, x_T)
     if args.gif:
         with replacing(args.gif) as file:
             steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))
             frames = [(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps]
             save_film(frames, file, columns)
         images, _ = frames[-1]
+    else:
+        images = draw(model, labels, args, seeds, x_T)
     if folder:
         for i, x_0 in enumerate(images):
             with replacing(args.out / f"{labels[i]}_{i:05d}.png") as file:
@@ -1672,10 +1672,11 @@ def sample_command(args):
 
 
 def shapes_command(args):
-    """The shapes command: runs the network once and prints what each of its blocks gives out."""
-    source = DATASETS[args.dataset]
-    C, size = source.image_channels, source.image_size
-    model = UNet(Config(channels=args.channels or Config.channels, image_channels=C))
+    """The shapes command: runs the network once and prints each block's output shape and
+    parameters.
+    """
+    config = settle_config(args, saved=None)
+    model = UNet(config)
     say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
 
     def print_when_run(name, block):
@@ -1690,7 +1691,8 @@ def shapes_command(args):
     for name, block in model.named_modules():
         if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
             print_when_run(name, block)  # in the order of the forward pass
-    model(torch.zeros(1, C, size, size), torch.tensor([0]), torch.tensor([0]))
+    x_t = torch.zeros(1, config.image_channels, config.image_size, config.image_size)
+    model(x_t, torch.tensor([0]), torch.tensor([0]))
 
 
 DEVICES = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
@@ -1732,17 +1734,17 @@ batch-size         count     images in a step (default: {Config.batch_size})
 lr                 share     peak learning rate (default: {Config.lr})
 timesteps          count     T, the number of noising steps (default: {Config.timesteps})
 schedule           schedule  of the noise (default: {Config.schedule})
-channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
+channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 class-dropout      share     share of labels to drop (default: {Config.class_dropout})
-ema-decay          share     of the averaged weights, a step (default: {Config.ema_decay})
+ema-decay          share     of the averaged weights, per step (default: {Config.ema_decay})
 out                path      folder of the run (default: runs/DATASET)
 sample-every       count     epochs between sample images (default: 1)
-resume             switch    go on with the run in --out, by its own options
+resume             switch    continue the run in --out, with its own options
 compile            switch    use torch.compile: a minute's wait, then faster steps on a GPU
 
 sample
 label              words     class, or classes of a row, by name or number (default: all)
-count              count     images (default: 16, with --like 1), or rows (default: 1)
+count              count     images (default: 16; 1 with --like), or rows if several labels (default: 1)
 like               word      write in the hand of this image of a digit, PNG or JPEG
 like-label         word      the digit that --like shows
 gif                path      a film of the sampling, x_t above and x_0_hat below
@@ -1767,7 +1769,7 @@ device             device    where to run (default: {DEVICES[0]})
 
 shapes
 dataset            dataset   whose images (default: {Config.dataset})
-channels           counts    of the U-Net, one number a size (default: 32 64 128 256)
+channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 """
 SAMPLING = {"steps": STEPS, "eta": 0, "guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
 COMMANDS = {  # name: function, help, defaults
@@ -1779,8 +1781,8 @@ COMMANDS = {  # name: function, help, defaults
 
 
 def make_parser():
-    """The commands and their flags, as the tables have them. What is not given and has no default
-    is None.
+    """The commands and their flags, as listed in FLAGS and COMMANDS. What is not given and has no
+    default is None.
     """
     parser = argparse.ArgumentParser(prog="ddpm.py", description=__doc__.splitlines()[0])
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", help="has its own --help")
@@ -1798,7 +1800,7 @@ def make_parser():
     return parser
 
 
-HINTS = {  # what PyTorch says: what to do about it
+HINTS = {  # words in PyTorch's message: what to say instead
     "out of memory": "out of memory: choose a smaller --batch-size, --channels or --count",
     "can't allocate memory": "out of memory: choose a smaller --batch-size, --channels or --count",
     "Connection": "another process is gone: --resume goes on from the last save",
@@ -1811,13 +1813,13 @@ def main(argv=None):
     """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 error,
     130 stopped.
 
-    A wrong flag exits at once, with status 2 (argparse). What nobody foresaw keeps its traceback.
+    A wrong flag exits at once, with status 2 (argparse). Any other exception keeps its traceback.
     """
     args = make_parser().parse_args(argv)
     try:
         return args.function(args) or 0
     except KeyboardInterrupt:
-        say("ddpm.py: stopped; what is written stays", sys.stderr)
+        say("ddpm.py: stopped; files already written are kept", sys.stderr)
         return 130
     except UserError as error:
         message = error
