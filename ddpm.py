@@ -927,10 +927,8 @@ def say(text, stream=None):
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:  # the stream's encoding lacks a character
         say(ascii(text), stream)
-    except Exception:  # the stream is closed, or its disk is full
-        with suppress(Exception):  # discard the rest, or flushing it at exit would fail again
-            number = stream.fileno()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    except Exception:
+        pass  # the stream is closed, or its disk is full, or it is no proper stream
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1833,4 +1831,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Everything is written and flushed. An ordinary exit could still fail: flushing a stdout that is
+    # full or gone, or ending threads of torch.distributed, which now and then abort the process.
+    os._exit(main())

@@ -1356,7 +1356,7 @@ def stopping(model, ema, optimizers, x_0, y, step, total_steps):
 
 ddpm.has_bfloat16 = lambda device: False
 ddpm.ddpm_loss, ddpm.train_step = loss, stopping
-sys.exit(ddpm.main(sys.argv[1:]))
+os._exit(ddpm.main(sys.argv[1:]))  # as the program itself does
 """
 
 
