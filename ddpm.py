@@ -654,9 +654,10 @@ def seeded_randn_like(seeds):
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def randn_like(x):
-        shape, kind = x.shape[1:], {"dtype": x.dtype, "device": "cpu"}
-        noise = [torch.randn(shape, generator=stream, **kind) for stream in streams]
-        return torch.stack(noise).to(x.device)
+        noise = torch.empty_like(x, device="cpu")
+        for image, stream in zip(noise, streams):
+            image.normal_(generator=stream)
+        return noise.to(x.device)
 
     return randn_like
 
@@ -1113,8 +1114,8 @@ def save_film(frames, file, columns):
 
     frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image.
     """
-    images = [to_image(torch.cat(pair), columns) for pair in frames]
-    film = [ImageOps.scale(image, 3, Image.Resampling.NEAREST) for image in images]
+    images = [np.vstack([to_image(x, columns) for x in pair]) for pair in frames]
+    film = [ImageOps.scale(Image.fromarray(image), 3, Image.Resampling.NEAREST) for image in images]
     milliseconds = [max(20, 4000 // len(film))] * (len(film) - 1) + [2000]
     film[0].save(file, "GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
 
@@ -1150,17 +1151,13 @@ def read_digit(path, size=28):
         raise UserError(f"{path} shows no digit: nothing in it stands out from the background")
     ink = Image.fromarray((ink / ink.max() - 0.15).clip(0))  # 0.15 removes the paper's grain
     side = 20 * size // 28
-    digit = ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR)
-    digit = np.asarray(digit)
-    typical = np.median(digit[digit > 0.3 * digit.max()])  # value of a stroke; in MNIST it is white
-    digit = (digit / typical).clip(0, 1)
-    height, width = digit.shape
+    digit = np.asarray(ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR))
+    stroke = np.median(digit[digit > 0.3 * digit.max()])  # its typical value; in MNIST it is white
+    pixels = Image.fromarray((digit / stroke * 255).clip(0, 255).astype(np.uint8))
     row, column = [np.average(index, weights=digit) for index in np.indices(digit.shape)]  # of mass
-    top = min(max(0, round(size / 2 - row)), size - height)
-    left = min(max(0, round(size / 2 - column)), size - width)
-    x_0 = torch.full((1, 1, size, size), -1.0, dtype=torch.float32)
-    x_0[0, 0, top : top + height, left : left + width] = torch.from_numpy(digit * 2 - 1)
-    return x_0
+    canvas = Image.new("L", (size, size))
+    canvas.paste(pixels, (round(size / 2 - column), round(size / 2 - row)))
+    return from_bytes(torch.from_numpy(np.array(canvas)))[None, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1204,7 +1201,7 @@ class Run:
         # Python's hash of a tuple of integers, unlike a string's, is the same in every process.
         shuffle = torch.Generator().manual_seed(hash((self.config.seed, epoch)))
         order = torch.randperm(len(self.images), generator=shuffle)
-        share = order[position * B : (position + 1) * B][rank::processes].to(self.images.device)
+        share = order.split(B)[position][rank::processes].to(self.images.device)
         # For t, the noise and the dropped labels:
         torch.manual_seed(hash((self.config.seed, self.step, rank)))
         return from_bytes(self.images[share]), self.labels[share]
@@ -1223,11 +1220,11 @@ class Run:
             self.loss_sum.zero_()
 
     def save(self, out, sample_every):
-        """Writes checkpoint.pt, from which the run goes on as if it had never stopped, and the
-        other files.
+        """Writes checkpoint.pt, from which the run goes on as if it had never stopped, and then the other files.
 
-        Returns whether the other files could be written too. Raises UserError if checkpoint.pt
-        could not be written, or the weights are not finite.
+        Those follow from the state, so one that cannot be written now is written at the next save, or by --resume.
+        Raises UserError if checkpoint.pt cannot be written, if the weights are not finite, or if another file is still
+        missing at the end.
         """
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
             raise UserError("the training has diverged: begin another run with a lower --lr")
@@ -1235,7 +1232,14 @@ class Run:
         contents |= {"step": self.step, "loss_sum": self.loss_sum.item()}
         contents["parts"] = [part.state_dict() for part in self.parts]
         save(contents, out / "checkpoint.pt")
-        return self.step == 0 or self.write_outputs(out, sample_every)
+        if self.step == 0:
+            return
+        try:
+            self.write_outputs(out, sample_every)
+        except UserError as error:
+            if self.step == self.total_steps:
+                raise UserError(f"training is complete, but {error}: --resume tries again")
+            say(f"ddpm.py: warning: {error}", sys.stderr)
 
     def restore(self, saved):
         """Goes on from what save wrote. Raises UserError if that does not fit this run, or comes
@@ -1250,28 +1254,19 @@ class Run:
             self.loss_sum += saved["loss_sum"]
 
     def write_outputs(self, out, sample_every):
-        """Writes weights.pt, log.csv and samples_EPOCH.png. Returns whether it could.
-
-        They follow from the state, so a file that cannot be written now is written at the next
-        save, or by --resume.
-        """
+        """Writes weights.pt, log.csv and, when an epoch is complete, samples_EPOCH.png. Raises UserError."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
         weights = {name: tensor.half() for name, tensor in self.ema.state_dict().items()}
-        try:
-            save({"config": asdict(self.config), "weights": weights}, out / "weights.pt")
-            if position == 0 and (epoch % sample_every == 0 or self.step == self.total_steps):
-                # Each class five times, from the same noise each time, so that epochs can be
-                # compared; and without guidance, to see what the network itself can do.
-                n = len(self.config.classes)
-                samples = sample(self.ema, list(range(n)) * 5, guidance=1)
-                with replacing(out / f"samples_{epoch:03d}.png") as file:
-                    to_image(samples, columns=n).save(file, "PNG")
-            with replacing(out / "log.csv") as file:
-                file.write("\n".join([*self.log, ""]).encode())
-        except UserError as error:
-            say(f"ddpm.py: warning: {error}", sys.stderr)
-            return False
-        return True
+        save({"config": asdict(self.config), "weights": weights}, out / "weights.pt")
+        with replacing(out / "log.csv") as file:
+            file.write("\n".join([*self.log, ""]).encode())
+        if position == 0 and (epoch % sample_every == 0 or self.step == self.total_steps):
+            # Each class five times, from the same noise each time, so that epochs can be compared; and without
+            # guidance, to see what the network itself can do.
+            n = len(self.config.classes)
+            samples = sample(self.ema, list(range(n)) * 5, guidance=1)
+            with replacing(out / f"samples_{epoch:03d}.png") as file:
+                to_image(samples, columns=n).save(file, "PNG")
 
 
 def claim(out):
@@ -1376,6 +1371,8 @@ def begin(args, out, rank, processes):
     run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
     if saved:
         run.restore(saved)
+    elif rank == 0:
+        claim(out)
     if processes > 1:
         share_gradients(run.model, processes)
     if args.compile:
@@ -1392,9 +1389,8 @@ def train(args):
     out = Path(args.out or f"runs/{args.dataset or Config.dataset}")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run = begin(args, out, rank, processes)
-    if rank == 0 and not args.resume:
-        claim(out)
-    complete = rank > 0 or run.save(out, args.sample_every)
+    if rank == 0:
+        run.save(out, args.sample_every)
     first_step, started_at, stopping = run.step, time.monotonic(), False
     with stop_requests(run.images.device, processes) as asked_to_stop:
         while run.step < run.total_steps and not stopping:
@@ -1409,15 +1405,13 @@ def train(args):
                 steps_per_s = (run.step - first_step) / (time.monotonic() - started_at)
                 run.report(steps_per_s * run.config.batch_size)
             if rank == 0 and save_now:
-                complete = run.save(out, args.sample_every)
+                run.save(out, args.sample_every)
 
     if processes > 1:
         torch.distributed.destroy_process_group()
     if rank == 0 and run.step < run.total_steps:
         say(f"stopped at step {run.step} of {run.total_steps}; repeat the command with --resume to go on")
         return 130
-    if not complete:
-        raise UserError("training is complete, but not all files could be written: --resume writes them")
     if rank == 0:
         say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
 
@@ -1601,17 +1595,14 @@ def load_and_say(args):
 
 
 def class_number(name, classes):
-    """The index of the class called name; name may be the index itself, unless some class is called
-    a number. Raises UserError.
+    """The index of the class called name; name may be the index itself, unless some class is called a number. Raises
+    UserError.
     """
-    lower_case = [known.lower() for known in classes]
-    numbers = [str(i) for i in range(len(classes))]
-    if any(known.isdecimal() for known in classes):
-        numbers = []
-    for spelling, names in (name, classes), (name.lower(), lower_case), (name, numbers):
-        if names.count(spelling) == 1:
-            return names.index(spelling)
-    raise UserError(f"{name!r} is not the name of exactly one class: choose from {', '.join(classes)}")
+    if name in classes:
+        return classes.index(name)
+    if name.isdecimal() and int(name) < len(classes) and not any(map(str.isdecimal, classes)):
+        return int(name)
+    raise UserError(f"no class is called {name!r}: choose from {', '.join(classes)}")
 
 
 def read_hand(model, args):
