@@ -9,7 +9,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
     Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
     Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image a prediction implies     section 5
-    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back: mean μ̃_t, variance β̃_t    section 5
+    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, with x̂_0 for x_0          section 5
 
 "Eq." and "Algorithm" without an author are those of Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models"
 (arXiv 2006.11239). The names, with shapes for a batch of B images with C channels, height H and width W:
@@ -19,7 +19,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     x_0_hat         x̂_0, the clean image that x_t and eps_hat imply                                   (B, C, H, W)
     t, T            index of a noising step; number of steps                                          (B,) or an integer
     betas           β_t, variance of the noise that step t adds; α_t = 1-β_t                          (T,)
-    alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t, the image's share of the variance of x_t, if it has 1      (T,)
+    alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t, the share of x_0's variance that is left in x_t            (T,)
 
 The paper counts t = 1..T, the code t = 0..T-1: at the code's t = 0, x_t has one step of noise; x_0 is the clean image.
 
@@ -55,18 +55,18 @@ class Config:
     # The diffusion process and the network.
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
-    channels: tuple = (32, 64, 128, 256)  # of the U-Net, one number a size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); a mark in files, no choice
+    channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
+    prediction: str = "v"  # what the last layer predicts (section 3); files say it, so nothing else is loaded
     # The training.
     epochs: int = 30  # passes over the training images
-    batch_size: int = 128  # images in a step, B
-    lr: float = 2e-3  # peak learning rate of AdamW; Muon's is ten times that (section 9)
+    batch_size: int = 128  # B, the number of images per training step
+    lr: float = 2e-3  # the highest learning rate (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
     seed: int = 0  # of the random numbers
 
     def __post_init__(self):
-        self.channels = tuple(self.channels)  # a list is as good
+        self.channels = tuple(self.channels)  # accept a list, too
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,17 +78,17 @@ class Config:
 #
 #     Eq. 2:  q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)
 #
-# The factor √(1-β_t) keeps the variance from growing: if x_{t-1} has variance 1, then x_t has (1-β_t) + β_t = 1. So the
-# network's input has about the same scale at every t.
+# The factor √(1-β_t) keeps the scale: if the numbers in x_{t-1} have a mean square of 1 (in MNIST's images, it is 0.93),
+# then those in x_t have (1-β_t) + β_t = 1. So the network's input has about the same scale at every t.
 #
 # Why must β_t be small? Sampling has to reverse these steps. The reverse of a small step is close to a Gaussian
 # (Sohl-Dickstein et al. 2015, arXiv 1503.03585), which is easy to draw from; the reverse of a large step is not. A large
-# step backwards would have to choose between different images, a small one only has to nudge.
+# step backwards would have to choose between different images, whereas a small one only has to nudge.
 #
 # The quantity to watch is ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t. It is the share of the image's variance that is left
 # after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. Sampling starts from pure noise, which
-# holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and T = 1000, √ᾱ_T is
-# 0.006.
+# holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and T = 1000, the image's
+# share of x_T is √ᾱ_T = 0.0064.
 
 SCHEDULES = ("linear", "cosine")
 
@@ -101,11 +101,11 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 for T = 1000. Fewer steps have to be larger, or x_T would still show the image: ᾱ_T is
-        # about exp(-Σ β_t), and the factor keeps that sum.
+        # about exp(-Σ β_t), and the factor keeps that sum (if T > 20, so that no β is limited below).
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
-        # ᾱ falls more evenly than with the linear schedule. The offset 0.008 keeps the noise of the first steps from
-        # being too faint to predict.
+        # ᾱ falls evenly in the middle and slowly at both ends. Without the offset 0.008, Nichol & Dhariwal found, the
+        # noise of the first steps is too faint to be predicted well.
         # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
         t_over_T = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         f = torch.cos((t_over_T + 0.008) / (1 + 0.008) * math.pi / 2) ** 2  # (T+1,)
@@ -153,12 +153,13 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 # 3. The network: a U-Net that predicts the noise
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Input: a noisy image, the step t and the class y. Output: the noise in the image. The network needs to see the whole
+# Input: a noisy image, the step t and the class y. Output: the noise in the image, calculated from a tensor v, of which
+# more before class UNet. The network needs to see the whole
 # (is this going to be a three?) and every single pixel. On the way down, the network halves the image at each level and
 # doubles the channels, to see the whole. On the way up, it returns to full size. At each size, a skip connection hands
 # the details across.
 #
-#     x_t (1, 28, 28)                                               v (1, 28, 28), which with x_t gives eps_hat
+#     x_t (1, 28, 28)                                               v (1, 28, 28), from which eps_hat follows
 #         │ conv_in                                                                     ▲ conv_out
 #     (32, 28, 28) ── encoder.0 ───────────────────── skip ───────────────────── decoder.0
 #         │ downsample.0                                                                ▲ upsample.0
@@ -179,8 +180,8 @@ def timestep_embedding(t, dim):
 
     t (B,) integers; dim is even. Returns (B, dim), with values in [-1, 1]: all cosines, then all sines.
 
-    A single number t/T would be a poor input: neighbouring steps would differ by 0.001, and a layer that multiplies and
-    adds could hardly treat them differently. Sines and cosines work like the hands of a clock: the fast ones tell
+    A single number t/T would be a poor input: for neighbouring steps it differs by 0.001, and so the outputs of a layer
+    hardly differ, unless its weights are huge. Sines and cosines work like the hands of a clock: the fast ones tell
     neighbouring steps apart, the slow ones tell early from late.
     """
     exponents = torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim
@@ -194,8 +195,9 @@ def zero_init(layer):
 
     A block below adds the output of its layers to its input. With its last layer at zero it adds nothing at first: the
     block begins as the identity, signals and gradients pass through undisturbed, however many blocks there are, and each
-    block learns what to add. This holds for the encoder, the middle and the attention. A decoder block has to reduce its
-    channels, so it begins as a 1x1 convolution instead. The network's last layer begins at zero, too.
+    block learns what to add. This holds for the encoder, the middle and the attention. A decoder block gets the channels
+    of the skip connection as well and has to halve their number, so it begins as a 1x1 convolution instead. The network's
+    last layer begins at zero, too, so that it begins with a guess that does not depend on its random weights.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -216,8 +218,8 @@ class ResBlock(nn.Module):
 
     One nn.Linear projects the time, another one the class. Their sum is a scale and a shift for each channel: the
     adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has its own
-    projections, so it can amplify or damp its own features, depending on the noise level and on the digit. There are two
-    because noise level and digit then act independently: what one says does not have to be learned anew for the other.
+    projections, so it can amplify or damp its own features, depending on the noise level and on the digit. (Dhariwal &
+    Nichol add the embeddings first and project the sum. With two projections, time and class do not share weights.)
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
@@ -249,7 +251,7 @@ class Attention(nn.Module):
     """Self-attention: each position looks at all others and gathers what it finds there (Vaswani et al. 2017).
 
     A 3x3 convolution sees neighbouring positions only; attention sees all of them at once. Its cost grows with the
-    square of their number. At the bottom, where the image is 4x4, that is 16² comparisons; at 28x28 it would be 784².
+    square of the number of positions. At the bottom, where the image is 4x4, that is 16² comparisons; at 28x28 it would be 784².
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -269,17 +271,19 @@ class Attention(nn.Module):
         return x + h
 
 
-# What the last layer predicts is not ε itself, but v (Salimans & Ho 2022, arXiv 2202.00512). Where there is much noise, x_t
-# is almost ε, and a network would have to copy its input and still say what is different. So let it predict only what x_t
-# does not show: v is about ε at small t, and about -x_0 at large t. In between, the pair (x_t, v) is the pair (x_0, ε),
-# rotated by the angle whose cosine is √ᾱ_t; rotated back, it gives ε and x_0:
+# What the last layer predicts is not ε itself, but v (Salimans & Ho 2022, arXiv 2202.00512), a mixture of ε and x_0:
 #
 #     x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                     ε   = √ᾱ_t v + √(1-ᾱ_t) x_t
 #     v   = √ᾱ_t ε - √(1-ᾱ_t) x_0                     x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
 #
+# The left side rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right side rotates it back;
+# its first line is how UNet computes ε. Why v? It is what x_t does not show: about ε at small t, where x_t is almost x_0,
+# and about -x_0 at large t, where x_t is almost ε. A network that predicts ε at large t would have to copy its input, but
+# without the faint image in it.
+#
 # This tames errors, too. An error δ of v is an error √ᾱ_t δ of ε, and after the division by √ᾱ_t in Eq. 15 an error of
-# √(1-ᾱ_t) δ in x̂_0: never more than δ. If the last layer predicted ε, an error δ would become √(1-ᾱ_t)/√ᾱ_t δ in x̂_0, up
-# to 157 δ at t = T.
+# √(1-ᾱ_t) δ in x̂_0: never more than δ. If the last layer predicted ε, an error δ would become √(1-ᾱ_t)/√ᾱ_t δ in x̂_0: with
+# the linear schedule, up to 157 δ, at t = T.
 
 
 class UNet(nn.Module):
@@ -293,7 +297,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.no_class = len(config.classes)
-        # float32 is enough for training. It is not part of a checkpoint, since it follows from the config.
+        # In float32, like the layers. Not part of a checkpoint, since it follows from the config.
         self.register_buffer("alphas_cumprod", cumulative_alphas(config).float(), persistent=False)
 
         channels = config.channels
@@ -302,7 +306,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(emb_dim, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim), nn.SiLU()
         )
-        # The class needs no such layers: each class has a row of learned numbers.
+        # The class needs no such layers: its embedding is learned directly, a row of numbers for each class.
         self.class_emb = nn.Embedding(len(config.classes) + 1, emb_dim)
 
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
@@ -337,7 +341,8 @@ class UNet(nn.Module):
             h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4) at level 3
             h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4)
             if level > 0:
-                # A 1x1 convolution and the copying of pixels commute; on the small image, it is cheaper.
+                # A 1x1 convolution gives the same before the enlarging, which copies pixels, as after it, at a quarter
+                # of the cost.
                 h = self.upsample[level - 1](h)  # (B, 128, 4, 4)
                 # The size comes from the skip: 4 doubled would be 8, but 7 is needed.
                 size = skips[level - 1].shape[2:]
@@ -353,27 +358,32 @@ class UNet(nn.Module):
 # 4. The training objective and Algorithm 1
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# In theory, the network should make the training images likely. A bound on their log-likelihood is a sum over the steps.
-# Each term but the first and the last compares two Gaussians of the same variance, the true step backwards and the
-# network's (section 5). That is the squared distance of their means, or, by Eq. 4, a weighted squared error between ε and
-# ε_θ (Eq. 12). Ho et al. drop the weights, which are largest at small t: more than the bound does, the simple loss cares
-# about larger t, where there is more to decide. They report better images with it. The sum over t becomes one random t
-# for each image:
+# The network should predict the noise, so it is trained to make the squared error of its prediction small, on average over
+# all steps (Eq. 14). For each image, one step t is drawn at random:
 #
 #     Algorithm 1:  repeat
 #                     x_0, y from the training images,  t ~ Uniform(1, ..., T),  ε ~ N(0, I)
 #                     take a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
 # What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is the mean
-# of all ε that are possible given x_t. By Eq. 4 it implies the mean of all x_0 that are possible given x_t. At small t
-# that is one image; at large t, where x_t could be almost any digit, it is a blur.
+# of all ε that are possible, given x_t and y. By Eq. 4 it implies the mean of all x_0 that are possible. At small t that
+# is one image; at large t, where x_t could be almost any three, it is a blur.
 #
-# Why is the loss weighted by 1/√ᾱ_t? With section 3, ε - ε_θ = √ᾱ_t (v - v_θ), where v_θ is what the last layer predicts.
-# Seen as a loss of v, L_simple has the weight ᾱ_t, and so all but ignores the largest t, where it is decided which digit
-# it will be. The loss of v itself would be L_simple with the weight 1/ᾱ_t. The code takes the geometric mean of the two
-# weights, 1 and 1/ᾱ_t. It gave the best images of the three.
+# Where does the loss come from? (This paragraph can wait until section 5 has been read.) In theory, the network should
+# make the training images likely. A bound on their log-likelihood is a sum over the steps. All terms but the first and
+# the last compare two Gaussians of the same variance: the step backwards that would be right if x_0 were known, and the
+# network's. Such a term is the squared distance of their means over twice the variance, which by Eq. 4 is a weighted
+# squared error between ε and ε_θ (Eq. 12). Ho et al. drop the weights, which are largest at small t, and report better
+# images.
 #
-# Why are labels dropped? For a tenth of the images, the class is replaced by "no class". The network then learns two
+# The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone leaves
+# the best prediction what it is, but an imperfect network errs elsewhere.) By section 3, ε - ε_θ = √ᾱ_t (v - v_θ), where
+# v_θ is what the last layer predicts. So as a loss of v, L_simple has the weight ᾱ_t: errors hardly count at large t,
+# although the shape of the digit is decided there. The opposite choice is the loss of v itself, which is L_simple with
+# the weight 1/ᾱ_t. The code takes the geometric mean of the two weights, 1 and 1/ᾱ_t. Its images were the best of the
+# three: FID (section 12; less is better) was 0.128, against 0.183 with weight 1 and 0.162 with 1/ᾱ_t (README.md).
+#
+# Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
 # 2207.12598, Algorithm 1). Labels are dropped in the loss and not inside the network, as sampling must never drop one.
 
@@ -402,8 +412,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # How does one get from x_t back to x_{t-1}? If x_0 were known, x_{t-1} would follow a Gaussian, which Bayes' theorem
-# gives. A step of noise looks at nothing but the image before it, so q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}). Without
-# the factors that do not contain x_{t-1},
+# gives. A step of noise looks at nothing but the image before it, so q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}). Up to
+# factors that do not contain x_{t-1},
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_t | x_{t-1})  q(x_{t-1} | x_0)
 #
@@ -415,10 +425,16 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 #     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))        as α_t (1-ᾱ_{t-1}) + β_t = 1-ᾱ_t
 #     μ̃_t = β̃_t (√α_t / β_t  x_t  +  √ᾱ_{t-1} / (1-ᾱ_{t-1})  x_0)                 which is Eq. 7, below
 #
+# At t = 1, ᾱ_{t-1} is 1, so the variance is 0: where x_0 is known, the last step back is certain.
+#
 # But x_0 is not known. The network's ε_θ implies an estimate x̂_0 of it (Eq. 15), and x̂_0 takes its place. It is the mean
-# of all possible x_0, and at large t a blur. It may stand in for x_0 because μ̃_t is linear in x_0: at the mean of all
-# possible x_0, it is the mean of all possible x_{t-1}, and x_{t-1} is nearly Gaussian (section 1). Then the network looks
-# again. So one step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I):
+# of all possible x_0, which at large t is a blur. Why may it stand in for x_0? Because μ̃_t is linear in x_0, so that the
+# mean of x_{t-1} over all possible x_0 comes out right:
+#
+#     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
+#
+# And around its mean, x_{t-1} is nearly Gaussian (section 1). So one step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I),
+# and then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -427,18 +443,18 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 # The paper writes the mean in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (Eq. 11). Put Eq. 15 into Eq. 7 to see that it
 # is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
 #
-# Ho et al. tried two variances and found the results alike (section 3.2): β̃_t, and β_t. The first is right if the data
-# is a single image, so that x_0 is known. The second is right if the data is standard normal: then so are x_{t-1} and x_t,
+# Ho et al. tried two variances, β̃_t and β_t, with similar results (section 3.2). The first is right if the data is a
+# single image, so that x_0 is known. The second is right if the data is standard normal: then so are x_{t-1} and x_t,
 # their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t, which is 0 in the last
-# step anyway. With β_t, it is z = 0 that keeps the last noise out of the image; with a standard deviation of 0.01, about
-# one step between grey values (2/255), it would hardly be visible.
+# step anyway. With β_t, it is z = 0 that keeps the last noise out of the image. That noise would hardly be visible: its
+# standard deviation is √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
     """The clean image that x_t and its predicted noise imply, clipped to [-1, 1]: x_0_hat (Ho et al. 2020, Eq. 15).
 
-    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). Without clipping, errors of the network can carry
-    the estimate outside of [-1, 1], where no image lies, and from step to step further out.
+    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). Without clipping, errors of the network can push
+    the estimate outside [-1, 1], where there are no images, and so on with every step.
     """
     # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
     x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
@@ -483,9 +499,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         yield x_t, x_0_hat
 
 
-# This is all of DDPM, with three additions: the class, v in the last layer, and a weight in the loss. You may stop here.
-# The rest makes it faster, better and more convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in
-# [-1, 1] and their classes y (B,), a Config and its model, these lines train and then draw an image for each class in y:
+# This is all of DDPM, and what later papers added in three places: the class, v, and the weight of the loss. You may stop
+# here. The rest makes it faster, better and more convenient. With Part One alone, given batches of images x_0 (B, C, H, W)
+# in [-1, 1] with their classes y (B,), and a config, these lines train, and then draw an image for each label of the last
+# batch:
 #
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -533,21 +550,19 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 
 
 def visited_steps(T, steps):
-    """The t's that a sampler visits: steps + 1 integers, evenly spaced from T-1 (noise) down to -1
-    (the clean image).
+    """The t's that a sampler visits: evenly spaced integers from T-1 (noise) down to -1 (the clean image).
 
-    For T = 1000 and 20 steps: 999, 949, ..., 49, -1. Asking for more than T steps gives T.
+    For T = 1000 and 20 steps: 999, 949, ..., 49, -1. There is one more than steps, which is at most T.
     """
     return torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
 
 
 @torch.no_grad()
 def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch.randn_like):
-    """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler, with
-    the same arguments.
+    """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler.
 
-    steps >= 1 is the number of steps; eta in [0, 1] scales the fresh noise. In the comments, t-1
-    stands for t_prev, the next t visited.
+    steps >= 1 is the number of steps; eta in [0, 1] scales the fresh noise; the other arguments are those of ddpm_sampler.
+    In the comments, t-1 stands for t_prev, the next t visited.
     """
     visited = visited_steps(len(alphas_cumprod), steps)
     alpha_bars = alphas_cumprod.tolist()
@@ -600,11 +615,10 @@ STEPS, GUIDANCE, GUIDANCE_INTERVAL = 24, 1.7, (0.25, 0.45)  # the interval is in
 
 
 def has_bfloat16(device):
-    """Whether the device has bfloat16 in hardware, as CUDA GPUs from Ampere on and CPUs with
-    AVX512_BF16 do.
+    """Whether the device has bfloat16 in hardware: CUDA GPUs from Ampere on, CPUs with AVX512_BF16.
 
-    Convolutions are faster in it. It has the range of float32, but only 8 bits of precision. That
-    is enough inside the network: an error of v keeps its size in x_0_hat (section 3).
+    Convolutions are faster in it. It has the range of float32, but only 8 bits of precision. That is enough inside the
+    network: an error of v keeps its size in x_0_hat (section 3).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -645,11 +659,10 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
 
 
 def seeded_randn_like(seeds):
-    """A function like torch.randn_like, for batches of len(seeds) images, with a stream of random
-    numbers for each.
+    """A function like torch.randn_like for batches of len(seeds) images, each with its own random numbers.
 
-    The noise of an image then depends on its seed alone, and not on the batch that it is drawn in.
-    It is drawn on the CPU, since a GPU draws different numbers for the same seed.
+    The noise of an image then depends on its seed alone, and not on the batch that it is drawn in. It is drawn on the CPU,
+    since a GPU draws different numbers for the same seed.
     """
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -664,8 +677,9 @@ def seeded_randn_like(seeds):
 
 def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
                  guidance_interval=GUIDANCE_INTERVAL, seeds=None, x_T=None):  # fmt: skip
-    """Draws an image for each label: a generator that yields (x_t, x_0_hat) after each step; the
-    last x_t is the image.
+    """Draws an image for each label: a generator that yields (x_t, x_0_hat) after each step.
+
+    The last x_t is the image.
 
     labels             (N,) integers, a list or a tensor
     steps, eta         at least 1; in [0, 1]. With eta 1 and T steps this is Algorithm 2, else DDIM
@@ -721,11 +735,9 @@ def sample(model, labels, **options):
 
 @torch.no_grad()
 def invert(model, x_0, labels, steps=STEPS):
-    """The noise x_T from which sample(model, labels, steps=steps, guidance=1, x_T=x_T) comes back
-    to x_0, nearly.
+    """The noise from which sample(model, labels, steps=steps, guidance=1, x_T=x_T) nearly comes back to x_0.
 
-    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample_steps.
-    Returns x_T, like x_0.
+    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample_steps. Returns x_T, like x_0.
     """
     y = torch.as_tensor(labels, device=x_0.device)
     alpha_bars = cumulative_alphas(model.config).tolist()
@@ -771,8 +783,9 @@ def invert(model, x_0, labels, steps=STEPS):
 
 
 def learning_rate(step, total_steps):
-    """The learning rate as a share of its peak: a linear warm-up, then half a cosine down to 0 at
-    total_steps.
+    """The learning rate as a share of its peak: a linear warm-up, then half a cosine down to 0.
+
+    step is in 0..total_steps-1; the warm-up takes 5 % of the run, at most 500 steps.
     """
     warmup = min(500, max(1, total_steps // 20))  # 5 % of the run, at most 500 steps
     if step < warmup:
@@ -782,12 +795,11 @@ def learning_rate(step, total_steps):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrix is made
-    orthogonal.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, made orthogonal.
 
-    Jordan's argument: a few directions dominate the gradient of a weight matrix. Muon lets the
-    others count as well, by bringing the singular values of the momentum matrix close to each
-    other. The weight of a convolution is such a matrix, (out, in·height·width).
+    Jordan's argument: a few directions dominate the gradient of a weight matrix. Muon lets the others count as well, by
+    bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a matrix,
+    (out, in·height·width).
 
     params: tensors of two or more dimensions; lr: the length of a direction in a step.
     """
@@ -809,13 +821,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix):
-    """The matrix with its singular values brought closer to 1, by three steps of a Newton-Schulz
-    iteration.
+    """A matrix with its singular values brought closer to 1, by three steps of a Newton-Schulz iteration.
 
-    Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ
-    X has their cubes. Three steps bring large ones to between 0.7 and 1.2, and make small ones up
-    to 40 times as large (3.4445³). The coefficients are Jordan's, who takes five steps; three make
-    a training step 8 % faster.
+    Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has their cubes. Three
+    steps bring large ones to between 0.7 and 1.2, and make small ones up to 40 times as large (3.4445³). The coefficients
+    are Jordan's, who takes five steps; three make a training step 8 % faster.
     """
     dtype = torch.bfloat16 if has_bfloat16(matrix.device) else matrix.dtype
     # Divided by the norm, no singular value is above 1. 1e-7, since layers in front of a zero one
@@ -829,12 +839,10 @@ def orthogonalized(matrix):
 
 
 def make_optimizers(model):
-    """Muon for the convolutions, except the first and the last; AdamW for everything else. Returns
-    a list of the two.
+    """Muon for the convolutions, except the first and the last, and AdamW for everything else, as a list.
 
-    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features.
-    Muon's learning rate is larger because its steps are spread over all directions: ten times that
-    of AdamW did well.
+    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features. Muon's learning rate is
+    larger because its steps are spread over all directions: ten times that of AdamW did well.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
@@ -847,19 +855,16 @@ def make_optimizers(model):
 
 @torch.no_grad()
 def update_ema(ema, model, step, decay):
-    """Moves the averaged weights a little towards the trained ones: ema = d · ema + (1-d) · model.
-    """
+    """Moves the averaged weights a little towards the trained ones: ema = d · ema + (1-d) · model."""
     d = min(decay, (1 + step) / (10 + step))  # at first 0.1, then rising
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - d)
 
 
 def train_step(model, ema, optimizers, x_0, y, step, total_steps):
-    """One step of Algorithm 1, with the learning rate for this step; then the averaged weights,
-    ema, follow.
+    """One step of Algorithm 1, with the learning rate for this step. The averaged weights, ema, follow.
 
-    x_0 (B, C, H, W) in [-1, 1]; y (B,); step in 0..total_steps-1. Returns the loss, a scalar
-    tensor.
+    x_0 (B, C, H, W) in [-1, 1]; y (B,); step in 0..total_steps-1. Returns the loss, a scalar tensor.
     """
     with half_precision(x_0.device):
         loss = ddpm_loss(model, x_0, y, model.config.class_dropout)
@@ -901,9 +906,7 @@ BATCH = 256  # images drawn or judged at a time
 
 
 class UserError(ValueError):
-    """An error that the user can fix. The message says what is wrong and what to do; main prints
-    only the message.
-    """
+    """An error that the user can fix: the message, which is all that main prints, says what to do."""
 
 
 @contextmanager
@@ -921,8 +924,7 @@ def explained(message):
 
 
 def say(text, stream=None):
-    """Prints a line, to stdout by default. If that fails, for whatever reason, the work goes on.
-    """
+    """Prints a line, to stdout by default. If that fails, for whatever reason, the work goes on."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
@@ -945,8 +947,7 @@ def say(text, stream=None):
 
 @dataclass
 class Dataset:
-    """Where a data set comes from, and what a model has to know about its images, which are square.
-    """
+    """Where a data set comes from, and what a model has to know about its images, which are square."""
 
     torchvision_name: str  # a class of torchvision.datasets that takes root, train and download
     folder: str  # the subfolder of --data-dir where that class looks for its files
@@ -1043,9 +1044,7 @@ def save(contents, path):
 
 
 def load(path):
-    """Reads what save wrote, onto the CPU. Raises UserError if path cannot be read or is no such
-    file.
-    """
+    """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or something else."""
     with explained(f"cannot read {path} as a file of this version of ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         predicts = contents.get("config", {}).get("prediction", Config.prediction)
@@ -1076,8 +1075,7 @@ def load_model(path=None, device="cpu"):
 
 
 def from_bytes(images):
-    """Turns pixels as in files, uint8 in 0..255, into what the network wants: float32 in [-1, 1].
-    """
+    """Turns pixels as in files, uint8 in 0..255, into what the network wants: float32 in [-1, 1]."""
     return images.to(torch.float32) / 127.5 - 1
 
 
@@ -1087,9 +1085,7 @@ def to_bytes(x):
 
 
 def to_image(x, columns=None):
-    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid with that many columns, by default
-    about square.
-    """
+    """Images x (N, C, H, W) in [-1, 1] as one PIL image: a grid, by default about square."""
     columns = columns or math.ceil(math.sqrt(len(x)))
     missing = -len(x) % columns  # in the last row
     # Two black pixels below and to the right of each image, and black images after the last:
@@ -1100,17 +1096,16 @@ def to_image(x, columns=None):
 
 
 def generate_number(model, label, seed=0):
-    """One digit, for a notebook: model is from load_model; label is the number or name of a class.
-    Returns a PIL image.
+    """One digit, for a notebook: a PIL image.
 
-    Raises UserError, which is a ValueError, when there is no such class.
+    model is from load_model; label is the number or name of a class. Raises UserError, which is a ValueError, when there is
+    no such class.
     """
     return to_image(sample(model, [class_number(str(label), model.config.classes)], seeds=[seed]))
 
 
 def save_film(frames, file, columns):
-    """Writes the steps of a sampling as a GIF: x_t above, x_0_hat below. The last frame stays for
-    two seconds.
+    """Writes the steps of a sampling as a GIF: x_t above, x_0_hat below. The last frame stays two seconds.
 
     frames is a list of (x_t (N, C, H, W), x_0_hat (N, C, H, W)), from noise to image.
     """
@@ -1121,13 +1116,11 @@ def save_film(frames, file, columns):
 
 
 def read_digit(path, size=28):
-    """Reads an image file of one digit and makes it look as in MNIST: x_0 (1, 1, size, size) in
-    [-1, 1].
+    """Reads an image file of one digit and makes it look as in MNIST: x_0 (1, 1, size, size) in [-1, 1].
 
-    It may be grey or coloured, dark on light or light on dark; the background must be plain and
-    empty. As in MNIST (LeCun et al. 1998, section III.A), the digit fits into a box of 20x20
-    pixels, and its centre of mass lies in the middle of 28x28. Raises UserError when the file is
-    not an image or shows nothing.
+    It may be grey or coloured, dark on light or light on dark; the background must be plain and empty. As in MNIST (LeCun et
+    al. 1998, section III.A), the digit fits into a box of 20x20 pixels, and its centre of mass lies in the middle of 28x28.
+    Raises UserError when the file is not an image or shows nothing.
     """
     with explained(f"cannot read {path} as an image"):
         image = Image.open(path)
@@ -1190,11 +1183,9 @@ class Run:
         self.log = ["epoch,step,loss"]  # the lines of log.csv
 
     def batch(self, rank, processes):
-        """The images x_0 (B, C, H, W) and classes y (B,) of the next step: this process's share of
-        them.
+        """This process's share of the next step's images and classes: x_0 (B/processes, C, H, W), y (B/processes,).
 
-        All randomness follows from the seed and the number of the step, so a resumed run needs no
-        saved generator state.
+        All randomness follows from the seed and the number of the step, so a resumed run needs no saved generator state.
         """
         B = self.config.batch_size
         epoch, position = divmod(self.step, self.steps_per_epoch)
@@ -1207,9 +1198,7 @@ class Run:
         return from_bytes(self.images[share]), self.labels[share]
 
     def report(self, images_per_s):
-        """Prints where the run is. At the end of an epoch, adds a line to log.csv and resets the
-        mean loss.
-        """
+        """Prints where the run is. At the end of an epoch, it adds its mean loss to the log."""
         epoch, position = divmod(self.step - 1, self.steps_per_epoch)
         loss = self.loss_sum.item() / (position + 1)
         minutes = (self.total_steps - self.step) * self.config.batch_size / images_per_s / 60
@@ -1242,9 +1231,7 @@ class Run:
             say(f"ddpm.py: warning: {error}", sys.stderr)
 
     def restore(self, saved):
-        """Goes on from what save wrote. Raises UserError if that does not fit this run, or comes
-        from other data.
-        """
+        """Goes on from what save wrote. Raises UserError if it does not fit this run, or comes from other data."""
         with explained("this run cannot go on"):
             if saved["checksum"] != self.checksum:
                 raise ValueError("it began with other images or labels than those in --data-dir")
@@ -1270,9 +1257,7 @@ class Run:
 
 
 def claim(out):
-    """Makes the folder of a new run. Raises UserError if there is anything in it, another run for
-    example.
-    """
+    """Makes the folder of a new run. Raises UserError if there is anything in it, such as another run."""
     with explained(f"cannot begin a run in {out}: add --resume, or choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
@@ -1281,8 +1266,9 @@ def claim(out):
 
 
 def settle_config(args, saved):
-    """The Config of a new run, or, if there is a saved state, of the run that goes on. Raises
-    UserError.
+    """The Config of a new run, or, if there is a saved state, of the run that goes on.
+
+    Raises UserError if a run would go on with other options.
     """
     flags = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -1298,9 +1284,7 @@ def settle_config(args, saved):
 
 
 def join_processes(device, rank, processes):
-    """Joins the processes that torchrun started: waits until all are here, and returns this one's
-    device.
-    """
+    """Joins the processes that torchrun started, waits until all are there, and returns this one's device."""
     if processes == 1:
         return device
     with explained("WORLD_SIZE is set, but not all processes were found: start them with torchrun"):
@@ -1312,11 +1296,10 @@ def join_processes(device, rank, processes):
 
 
 def share_gradients(model, processes):
-    """From now on, each gradient becomes the mean over all processes as soon as backward() has
-    computed it.
+    """From now on, backward() replaces each gradient by its mean over all processes.
 
-    Each process sees its share of the batch, so this mean is the gradient of the whole batch. All
-    processes start with the same weights and make the same steps, so they keep the same weights.
+    Each process sees its share of the batch, so this mean is the gradient of the whole batch. All processes start with the
+    same weights and make the same steps, so they keep the same weights.
     """
 
     def average(parameter):
@@ -1329,11 +1312,10 @@ def share_gradients(model, processes):
 
 @contextmanager
 def stop_requests(device, processes):
-    """Yields a function that says whether a signal asked any process to stop, so that all stop
-    after the same step.
+    """Yields a function that says whether a signal asked any process to stop; all then stop at the same step.
 
-    A signal that was ignored when the program started, as under nohup, stays ignored. The old
-    handlers are restored at the end.
+    A signal that was ignored when the program started, as under nohup, stays ignored. The old handlers are restored at the
+    end.
     """
     received, handlers = [], {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -1381,8 +1363,7 @@ def begin(args, out, rank, processes):
 
 
 def train(args):
-    """The train command: leaves checkpoint.pt, weights.pt, log.csv and samples_EPOCH.png in a
-    folder.
+    """The train command: leaves checkpoint.pt, weights.pt, log.csv and samples_EPOCH.png in a folder.
 
     args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError.
     """
@@ -1446,9 +1427,7 @@ CLASSIFIER_STEPS = 1900  # of 128 images each, about four epochs of MNIST
 
 
 def make_classifier(image_channels, classes):
-    """A small convolutional network: images (B, C, H, W) in [-1, 1] -> features (B, 64) -> logits
-    (B, classes).
-    """
+    """A small convolutional network: (B, C, H, W) in [-1, 1] -> features (B, 64) -> logits (B, classes)."""
 
     def block(in_channels, out_channels):
         convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -1470,8 +1449,9 @@ def make_classifier(image_channels, classes):
 
 @torch.no_grad()
 def judge(classifier, images):
-    """What a classifier says of images (N, C, H, W) uint8: probabilities (N, classes), features (N,
-    64), float64, CPU.
+    """What a classifier says of images (N, C, H, W) uint8: probabilities and features, float64, on the CPU.
+
+    Returns probabilities (N, classes) and features (N, 64).
     """
     features, head = classifier.eval()
     batches = images.to(head.weight.device).split(BATCH)
@@ -1480,9 +1460,7 @@ def judge(classifier, images):
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """FID: the squared Fréchet distance of two Gaussians with means (D,) and covariances (D, D),
-    float64.
-    """
+    """FID: the squared Fréchet distance of two Gaussians with means (D,) and covariances (D, D), float64."""
     # Heusel et al.: d² = ‖μ_1 - μ_2‖² + Tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½). The trace of a square root
     # is the sum of the square roots of the eigenvalues. They are real and not negative, except for
     # rounding.
@@ -1491,9 +1469,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
 
 
 def inception_score(probabilities):
-    """exp E KL(p(y|x) ‖ p(y)) of probabilities p(y|x) (N, classes) (Salimans et al. 2016): 1 to
-    classes.
-    """
+    """exp E KL(p(y|x) ‖ p(y)) of probabilities (N, classes): 1 to classes (Salimans et al. 2016)."""
     # E KL(p(y|x) ‖ p(y)) = H(E p(y|x)) - E H(p(y|x)), with the entropy H
     entropy_of_mean = torch.special.entr(probabilities.mean(dim=0)).sum()
     mean_entropy = torch.special.entr(probabilities).sum(dim=1).mean()
@@ -1501,9 +1477,7 @@ def inception_score(probabilities):
 
 
 def train_classifier(classifier, images, labels):
-    """Trains a classifier on images (N, C, H, W) uint8 with labels (N,), all on one device: two
-    minutes on a CPU.
-    """
+    """Trains a classifier on images (N, C, H, W) uint8 with labels (N,), on one device: two minutes on a CPU."""
     optimizer = torch.optim.AdamW(classifier.parameters())
     for step in range(CLASSIFIER_STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(step, CLASSIFIER_STEPS)
@@ -1520,11 +1494,10 @@ def train_classifier(classifier, images, labels):
 
 
 def load_classifier(name, data_dir, device):
-    """The classifier of a data set, and mean (64,) and covariance (64, 64) of its features of the
-    training images.
+    """The classifier of a data set, and mean (64,) and covariance (64, 64) of its training images' features.
 
-    If assets/ has none, it is trained now and kept there. Raises UserError if the data for that is
-    unavailable, or if the file is damaged.
+    If assets/ has none, it is trained now and kept there. Raises UserError if the data for that is unavailable, or if the
+    file is damaged.
     """
     source, path = DATASETS[name], ASSETS / f"classifier_{name}.pt"
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
@@ -1544,8 +1517,9 @@ def load_classifier(name, data_dir, device):
 
 
 def draw(model, labels, args, seeds, x_T=None):
-    """Samples in batches: labels and seeds are lists (N), args as parsed. Yields the images one by
-    one, (C, H, W).
+    """Samples in batches, and yields the images one by one: (C, H, W).
+
+    labels and seeds are lists (N), args as parsed.
     """
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
@@ -1560,9 +1534,7 @@ def sampling_options(args):
 
 
 def evaluate(args):
-    """The evaluate command: draws images, judges them and as many real ones, and prints a line for
-    each of the two sets.
-    """
+    """The evaluate command: judges drawn images and as many real ones, and prints a line for each."""
     model = load_and_say(args)
     name = model.config.dataset
     images, y = load_dataset(name, args.data_dir, train=False)
@@ -1595,8 +1567,9 @@ def load_and_say(args):
 
 
 def class_number(name, classes):
-    """The index of the class called name; name may be the index itself, unless some class is called a number. Raises
-    UserError.
+    """The index of the class called name; name may be the index itself, unless a class is called a number.
+
+    Raises UserError if there is no such class.
     """
     if name in classes:
         return classes.index(name)
@@ -1606,8 +1579,7 @@ def class_number(name, classes):
 
 
 def read_hand(model, args):
-    """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError.
-    """
+    """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError."""
     name, classes = model.config.dataset, model.config.classes
     if args.like_label is None or model.config.image_channels != 1:
         raise UserError("--like needs --like-label, the digit it shows, and a model of grey images")
@@ -1623,9 +1595,7 @@ def read_hand(model, args):
 
 
 def sample_command(args):
-    """The sample command: draws the labels asked for and writes one image file, or a folder of
-    them.
-    """
+    """The sample command: draws the labels asked for and writes one image file, or a folder of them."""
     model = load_and_say(args)
     # Images of one label fill a square. Several labels, the digits of a number for example, make a
     # row, drawn count times.
@@ -1661,9 +1631,7 @@ def sample_command(args):
 
 
 def shapes_command(args):
-    """The shapes command: runs the network once and prints each block's output shape and
-    parameters.
-    """
+    """The shapes command: runs the network once and prints each block's output shape and parameters."""
     config = settle_config(args, saved=None)
     model = UNet(config)
     say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
@@ -1770,8 +1738,9 @@ COMMANDS = {  # name: function, help, defaults
 
 
 def make_parser():
-    """The commands and their flags, as listed in FLAGS and COMMANDS. What is not given and has no
-    default is None.
+    """The commands and their flags, as listed in FLAGS and COMMANDS.
+
+    What is not given and has no default is None.
     """
     parser = argparse.ArgumentParser(prog="ddpm.py", description=__doc__.splitlines()[0])
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", help="has its own --help")
@@ -1799,10 +1768,10 @@ HINTS = {  # words in PyTorch's message: what to say instead
 
 
 def main(argv=None):
-    """Runs one command, from argv or the process's arguments. Returns the exit status: 0, 1 error,
-    130 stopped.
+    """Runs one command, from argv or the process's arguments. Returns the exit status.
 
-    A wrong flag exits at once, with status 2 (argparse). Any other exception keeps its traceback.
+    0 is success, 1 an error, 130 a stop. A wrong flag exits at once, with status 2 (argparse). Any other exception keeps its
+    traceback.
     """
     args = make_parser().parse_args(argv)
     try:
