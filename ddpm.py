@@ -4,7 +4,7 @@
 Add Gaussian noise to an image in T small steps, until only noise is left. Train a neural network to look at a noisy
 image and to predict the noise in it. Removing all of that noise at once would give a blur: the mean of all images that
 could have become this noisy one. So start from pure noise, remove a little of the predicted noise, add a little fresh
-noise, look again, and repeat T times; a new image emerges. The network also gets the class y, so it draws what you ask.
+noise, look again, and repeat T times; a new image emerges. The network also gets the class y, to draw what you ask for.
 
     Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
     Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
@@ -21,7 +21,8 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     betas           β_t, variance of the noise that step t adds; α_t = 1-β_t                          (T,)
     alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t, the share of x_0's variance that is left in x_t            (T,)
 
-The paper counts t = 1..T, the code t = 0..T-1: at the code's t = 0, x_t has one step of noise; x_0 is the clean image.
+The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Equations, and comments on
+them, count like the paper. x_0 is always the clean image.
 
     python ddpm.py sample --label 3      draw threes with the trained weights in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
@@ -56,7 +57,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3): only "v"; files with another are refused
+    prediction: str = "v"  # what the last layer predicts (section 3); a file with another value is refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
@@ -101,7 +102,7 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 for T = 1000. With fewer steps, each has to be larger, or x_T would still show the image.
-        # While all β are small, ᾱ_T is about exp(-Σ β_t), and the factor keeps that sum; larger ones make it smaller.
+        # While all β are small, ᾱ_T is about exp(-Σ β_t), and the factor keeps that sum; large β lower it further.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
@@ -180,8 +181,8 @@ def timestep_embedding(t, dim):
     t (B,) integers; dim is even. Returns (B, dim), with values in [-1, 1]: all cosines, then all sines.
 
     A single number t/T would be a poor input: for neighbouring steps it differs by 0.001, and so the outputs of a layer
-    hardly differ, unless its weights are huge. Sines and cosines work like the hands of a clock: the fast ones tell
-    neighbouring steps apart, the slow ones tell early from late.
+    would be almost equal, unless its weights are huge. Sines and cosines work like the hands of a clock: the fast ones
+    tell neighbouring steps apart, the slow ones tell early from late.
     """
     exponents = torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim
     freqs = torch.exp(-math.log(10000) * exponents)  # (dim/2,), from 1 down to about 1/10000
@@ -194,8 +195,9 @@ def zero_init(layer):
 
     A block below adds the output of its layers to its input. With its last layer at zero it adds nothing at first: it
     begins as the identity, which disturbs neither the signal nor the gradient of the other blocks, and learns what to
-    add. This holds for the encoder, the middle and the attention; a decoder block begins as its shortcut, a 1x1
-    convolution. The network's last layer begins at zero, too, so its first prediction is v = 0.
+    add. This holds for the encoder, the middle and the attention. In the decoder, the input has too many channels to be
+    added; a 1x1 convolution, the block's shortcut, reduces them, and the block begins as that. The network's last layer
+    begins at zero, too, so its first prediction is v = 0.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -231,7 +233,7 @@ class ResBlock(nn.Module):
         self.norm2 = group_norm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity()
-        if in_channels != out_channels:  # in the decoder, whose input includes the skip connection
+        if in_channels != out_channels:  # in the decoder, whose input has the skip concatenated
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, t_emb, y_emb):
@@ -281,7 +283,7 @@ class Attention(nn.Module):
 # x_t almost exactly; all that matters, the faint image, is the tiny difference.
 #
 # This tames errors, too. An error δ of v is an error √ᾱ_t δ of ε, and √(1-ᾱ_t) δ in x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t:
-# never more than δ. An equal error δ of a predicted ε would be (√(1-ᾱ_t) / √ᾱ_t) δ in x̂_0: up to 157 δ, at t = T.
+# never more than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
 
 
 class UNet(nn.Module):
@@ -339,7 +341,7 @@ class UNet(nn.Module):
             h = torch.cat([h, skips[level]], dim=1)  # (B, 512, 4, 4) at level 3
             h = self.decoder[level](h, t_emb, y_emb)  # (B, 256, 4, 4)
             if level > 0:
-                # The 1x1 convolution gives the same before the enlarging as after it, and is cheaper before it.
+                # The 1x1 convolution gives the same before enlarging as after it, and is cheaper before.
                 h = self.upsample[level - 1](h)  # (B, 128, 4, 4)
                 # The size comes from the skip: 4 doubled would be 8, but 7 is needed.
                 size = skips[level - 1].shape[2:]
@@ -369,16 +371,16 @@ class UNet(nn.Module):
 # Where does the loss come from? (This can wait until section 5 has been read.) A bound on the log-likelihood of the
 # training images is a sum over the steps. All terms but the first and the last compare two Gaussians by their KL
 # divergence: the step backwards that would be right if x_0 were known, and the network's. With equal variances, such a
-# term is a weighted squared distance of the means, and by Eq. 4 of ε and ε_θ (Eq. 12). Ho et al. drop the weights,
-# largest at small t, and report better images.
+# term is a weighted squared distance between the means. Eq. 4 turns it into one between ε and ε_θ (Eq. 12). Ho et al.
+# drop the weights, largest at small t, and report better images.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
-# not change the best prediction; it decides at which t an imperfect network errs less.) By section 3, ε-ε_θ is
-# √ᾱ_t (v-v_θ), where v_θ is what the last layer predicts. So as a loss on v, L_simple has the weight ᾱ_t: it hardly
-# counts errors at large t, although the large shapes appear there (Ho et al., section 4.3). The opposite choice is the
-# loss on v itself, which is L_simple with the weight 1/ᾱ_t. The code takes the geometric mean of the two weights, 1 and
-# 1/ᾱ_t. Its images were the best of the three: the FID (section 12; lower is better) of a small network was 0.128,
-# against 0.183 with the weight 1 and 0.162 with 1/ᾱ_t (4000 images, one seed; README.md).
+# not change the best prediction; it decides at which t an imperfect network errs less.) By section 3, ε - ε_θ = √ᾱ_t (v
+# - v_θ), where v_θ is what the last layer predicts. So L_simple is ᾱ_t ‖v-v_θ‖²: even without the bound's weights, it
+# hardly counts errors of v at large t, although the large shapes appear there (Ho et al., section 4.3). The loss of v
+# itself, ‖v-v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t, half way between the two. Its images were
+# the best of the three: the FID (section 12; lower is better) of a small network was 0.128, against 0.183 for L_simple
+# and 0.162 for the loss of v (4000 images, one seed; README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -398,7 +400,7 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
     dropped = torch.rand(B, device=device) < class_dropout  # (B,)
     y = torch.where(dropped, model.no_class, y)
     eps_hat = model(x_t, t, y)
-    # Eq. 14: L_simple = E ‖ε - ε_θ(x_t, t, y)‖², here divided by the number of pixels
+    # Eq. 14: L_simple = E ‖ε - ε_θ(x_t, t, y)‖², here divided by the number of values
     loss = (eps - eps_hat).square().mean(dim=(1, 2, 3))  # (B,)
     weight = 1 / model.alphas_cumprod[t].sqrt()  # (B,)
     return (weight * loss).mean()
@@ -418,19 +420,19 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 # exponents and complete the square. The inverse variances add up, and the means are averaged with them as weights:
 #
 #     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))        as α_t (1-ᾱ_{t-1}) + β_t = 1-ᾱ_t
-#     μ̃_t = β̃_t (√α_t / β_t  x_t  +  √ᾱ_{t-1} / (1-ᾱ_{t-1})  x_0)                 multiplied out: Eq. 7, in posterior
+#     μ̃_t = β̃_t ((√α_t / β_t) x_t + (√ᾱ_{t-1} / (1-ᾱ_{t-1})) x_0)                 multiplied out: Eq. 7, in posterior()
 #
-# Before the first step there is no noise, so ᾱ_0 = 1. At t = 1, the second curve has no width then, and β̃_1 is 0: where
+# Before the first step there is no noise, so ᾱ_0 = 1. At t = 1, the second curve then has no width, so β̃_1 = 0: where
 # x_0 is known, the last step back is certain.
 #
 # But x_0 is not known. The network's ε_θ implies an estimate x̂_0 of it (Eq. 15), and x̂_0 takes its place. It is the
-# mean of all possible x_0, which at large t is a blur. Why may it stand in for x_0? Because μ̃_t is linear in x_0, so
-# that the mean of x_{t-1} over all possible x_0 comes out right (y is left out here):
+# mean of all possible x_0, which at large t is a blur. Why may it stand in for x_0? Because μ̃_t is linear in x_0, the
+# mean of x_{t-1} over all possible x_0 comes out right (y is left out here):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance just above β̃_t, as x_0 is uncertain (see
-# below). So one step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
+# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance between β̃_t and β_t (see below). So one step
+# back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -449,8 +451,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 def predict_x_0(x_t, eps_hat, alpha_bar):
     """The clean image that x_t and its predicted noise imply, clipped to [-1, 1]: x_0_hat (Ho et al. 2020, Eq. 15).
 
-    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). The mean of all possible x_0 lies in [-1, 1], as
-    they do, so clipping only removes errors.
+    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). The mean of all possible x_0 lies in [-1, 1], as all
+    of them do, so clipping only removes errors.
     """
     # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
     x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
@@ -496,10 +498,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         yield x_t, x_0_hat
 
 
-# This is all of DDPM, with five later additions: the class, the cosine schedule, the scale and shift in each block, v,
-# and the weight of the loss. You may stop here. The rest makes it faster, better and more convenient. With Part One
-# alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with classes y (B,), and a config, these lines train, and
-# then draw an image for each label of the last batch:
+# This is all of DDPM, with five later additions: the class and its dropping, the cosine schedule, the scale and shift
+# in each block, v, and the weight of the loss. You may stop here. The rest makes it faster, better and more convenient.
+# With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with classes y (B,), and a config, these
+# lines train, and then draw an image for each label of the last batch:
 #
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -540,11 +542,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # The two are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up as they must.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
-# in terms of x̂_0 and
-# ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random. Section 1 wanted small steps so that each
-# reverse step is a Gaussian; without randomness there is nothing to draw. The steps then follow a
-# smooth curve, the solution of a differential equation (Song et al., section 4.3), and long steps
-# can follow a smooth curve.
+# in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
+# Section 1 wanted small steps so that each reverse step is a Gaussian; without randomness there is
+# nothing to draw. The steps then follow a smooth curve, the solution of a differential equation
+# (Song et al., section 4.3), and long steps can follow a smooth curve.
 #
 # The last step must land on the clean image, whose ᾱ is 1. At the lowest t that 24 steps visit,
 # noise with a standard deviation of 0.15 is still in x_t, which is easy to see.
@@ -752,8 +753,8 @@ def invert(model, x_0, labels, steps=STEPS):
         # On the way down, the network is called at t_next, with the image that this step is about
         # to compute. On the way up, only x_t is known. The middle of the two t's is a compromise.
         eps_hat = model(x_t, torch.full_like(y, (t + t_next) // 2), y)
-        # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is clipped, since what
-        # is cut off would be missing on the way back.
+        # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is
+        # clipped, since what is cut off would be missing on the way back.
         x_0_hat = (x_t - math.sqrt(1 - alpha_bars[t]) * eps_hat) / math.sqrt(alpha_bars[t])
         x_t = math.sqrt(alpha_bars[t_next]) * x_0_hat + math.sqrt(1 - alpha_bars[t_next]) * eps_hat
     return x_t

@@ -535,6 +535,9 @@ def test_each_seed_has_a_stream():
         noise = randn_like(torch.zeros(2, 1, 4, 4))
         for image, stream in zip(noise, streams):
             assert torch.equal(image, torch.randn(1, 4, 4, generator=stream))
+    for seeds in [5], [5, 6, 7]:
+        with pytest.raises(ValueError):  # and there is one for each image
+            ddpm.sample(random_unet(), [3, 8], steps=2, seeds=seeds)
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -1287,6 +1290,7 @@ OTHERWISE = {
     "not resumed": ([], "--resume"),
     "other options": (["--resume", "--lr", "0.5"], "options"),
     "other data": (["--resume", "--data-dir", "others"], "other images"),
+    "fewer epochs": (["--resume", "--epochs", "3"], "more than --epochs"),
 }
 
 
@@ -1561,14 +1565,15 @@ def test_one_picture_or_a_folder(weights, capsys, monkeypatch):
     assert np.abs(twos[0] - twos[1]).max() <= 1 < np.abs(twos[0] - twos[2]).max()
 
 
-def test_film(weights):
+@pytest.mark.parametrize("labels", [["--label", 1, 2], ["--label", 3, "--count", 5]])
+def test_film(weights, labels):
     """A film has a frame for each step, and the last one shows above and below what the picture shows."""
-    assert sample("--label", 1, 2, "--gif", "films/film.gif", "--steps", 7) == 0
+    assert sample(*labels, "--gif", "films/film.gif", "--steps", 7) == 0
     with Image.open("films/film.gif") as film:
         assert film.n_frames == 7
         film.seek(6)
         frame = np.asarray(film.convert("L"))[1::3, 1::3].astype(int)
-    for half in frame[:28], frame[28:]:
+    for half in np.split(frame, 2):
         assert np.abs(half - pixels("samples.png")).max() <= 8  # a GIF has few shades of grey
 
 
@@ -1713,6 +1718,15 @@ def test_import_has_no_side_effects(tmp_path):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"(?:python|torchrun).* ddpm\.py (.*)", "\n".join(block for _, block in BLOCKS))
+
+
+def test_lines_of_readme():
+    """README.md says where each section begins."""
+    lines = Path(ddpm.__file__).read_text(encoding="utf-8").splitlines()
+    sections = re.findall(r"\| (\d+) \| (\d+\. [^|]+) \|", README)
+    assert len(sections) == 13
+    for number, title in sections:
+        assert lines[int(number) - 1] == f"# {title}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
