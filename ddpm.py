@@ -1621,6 +1621,9 @@ def sample_command(args):
     if args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
         raise UserError(f"--gif takes a .gif file and at most {BATCH} images")
     x_T = read_hand(model, args) if args.like else None
+    if folder:
+        with explained(f"cannot write into {args.out}"):
+            args.out.mkdir(parents=True, exist_ok=True)
     if args.gif:
         with replacing(args.gif) as file:
             steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))

@@ -870,6 +870,7 @@ def next_descriptor():
     return number
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the full disk's
 @pytest.mark.parametrize("make", [lambda: None, closed, lambda: open("/dev/full", "w"), OnlyWrites])
 def test_whatever_is_wrong_with_stdout_the_work_goes_on(monkeypatch, make):
     """say never fails and uses up no file descriptors, whatever stands in place of stdout."""
