@@ -605,8 +605,9 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 #
 # So a classifier recognises more of the images. The price is variety, since unusual fours are
 # harder to recognise. FID, the distance between drawn and real images (section 12), sees both: as S
-# grows, it first falls, because badly drawn digits become rare, and then rises. The README has the
-# figures.
+# grows, it first falls, because badly drawn digits become rare, and then rises. Of 2000 digits,
+# 98.2 % were read right without guidance, with a FID of 0.063; 99.55 % and 0.059 with the defaults
+# below; 99.55 % and 0.085 with S = 2.4 in 0.2..0.4 (README.md).
 #
 # Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They
 # found that it harms variety at the noisiest steps and hardly matters at the last ones. Elsewhere,
@@ -766,13 +767,13 @@ def invert(model, x_0, labels, steps=STEPS):
 #
 # One step of Algorithm 1 with four additions: a learning rate that rises and falls, an optimizer
 # for convolutions, averaged weights and bfloat16. The training loss hardly falls after the first
-# epochs, because most of it comes from small t, where the noise hides among details that nobody can
-# predict. The images go on improving all the same: they are decided at larger t, where the loss is
-# far smaller and goes on falling.
+# epochs (MNIST: 0.039 after three, 0.033 after thirty), because most of it comes from small t,
+# where the noise hides among details that nobody can predict. The images go on improving all the
+# same: they are decided at larger t, where the loss is far smaller and goes on falling.
 #
 # The optimizers. AdamW scales each number of a gradient by itself. For the weights of convolutions,
 # which are matrices, Muon does better (below): with AdamW alone, the small network of the README
-# has a FID of 0.390 instead of 0.128 (section 12; less is better). Everything else, the few
+# has a FID of 0.390 instead of 0.128 (section 12; lower is better). Everything else, the few
 # matrices in nn.Linear included, is left to AdamW.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
@@ -790,7 +791,7 @@ def learning_rate(step, total_steps):
 
     step is in 0..total_steps-1; the warm-up takes 5 % of the run, at most 500 steps.
     """
-    warmup = min(500, max(1, total_steps // 20))  # 5 % of the run, at most 500 steps
+    warmup = min(500, max(1, total_steps // 20))
     if step < warmup:
         return (step + 1) / warmup
     decayed = (step - warmup) / (total_steps - warmup)  # 0..1
