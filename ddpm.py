@@ -61,7 +61,7 @@ class Config:
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
-    lr: float = 2e-3  # the highest learning rate (section 9)
+    lr: float = 2e-3  # the highest learning rate, of AdamW; that of Muon is ten times as high (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
     seed: int = 0  # of the random numbers
@@ -526,7 +526,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # 6. DDIM: fewer steps
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Algorithm 2 calls the network 1000 times. DDIM (Song et al. 2020, arXiv 2010.02502) needs about 20
+# Algorithm 2 calls the network 1000 times. DDIM (Song et al. 2020, arXiv 2010.02502) needs 10 to 50
 # calls.
 #
 # Training uses only q(x_t | x_0), the noise level at each t. How one gets from x_t to x_{t-1} plays
@@ -539,16 +539,18 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 #     Eq. 12:  x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
 #
-# The two are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up as they must.
+# If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the two
+# noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. As in section 5, the
+# estimates stand in for the true values.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
-# Section 1 wanted small steps so that each reverse step is a Gaussian; without randomness there is
-# nothing to draw. The steps then follow a smooth curve, the solution of a differential equation
-# (Song et al., section 4.3), and long steps can follow a smooth curve.
+# Ever shorter steps then approach a smooth curve, the solution of a differential equation (Song et
+# al., section 4.3). Longer steps are a coarser approximation of it, and a coarse one is good
+# enough.
 #
-# The last step must land on the clean image, whose ᾱ is 1. At the lowest t that 24 steps visit,
-# noise with a standard deviation of 0.15 is still in x_t, which is easy to see.
+# The list of the t's visited ends with -1, which stands for the clean image, whose ᾱ is 1. At the
+# lowest t before it, noise is still easy to see: with 24 steps, its standard deviation is 0.15.
 
 
 def visited_steps(T, steps):
@@ -577,8 +579,8 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
         # Clipping x̂_0 changes the noise that it implies. Eq. 4, solved for ε:
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
         # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1}), which is η √β̃_t
-        _, posterior_sigma = posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
-        sigma = eta * posterior_sigma
+        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
+        sigma = sigma * math.sqrt(1 - alpha_bar / alpha_bar_prev)
         # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
         reused = math.sqrt(1 - alpha_bar_prev - sigma**2)
         x_t = math.sqrt(alpha_bar_prev) * x_0_hat + reused * eps_hat
@@ -592,26 +594,30 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # The network gives two predictions, one for class y and one for "no class". Guidance starts at the
-# second and goes towards the first, and beyond it (Ho & Salimans 2022, arXiv 2207.12598, Eq. 6,
-# with S = 1 + w):
+# second, moves towards the first and past it (Ho & Salimans 2022, arXiv 2207.12598, Eq. 6, with S =
+# 1 + w):
 #
 #     ε̂ = ε_θ(x_t, t, none) + S (ε_θ(x_t, t, y) - ε_θ(x_t, t, none))
 #
-# S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0,
-# which is linear in ε: it moves from "a digit" to "a four" and further. Why does that make a four
-# look more like a four? In theory, ε_θ is -√(1-ᾱ_t) times the gradient of log p(x_t), so by Bayes'
-# theorem the difference is -√(1-ᾱ_t) times the gradient of log p(y | x_t): S > 1 makes the class
-# more probable than it is in the data.
-#
-# So a classifier recognises more of the images. The price is variety, since unusual fours are
-# harder to recognise. FID, the distance between drawn and real images (section 12), sees both: as S
-# grows, it first falls, because badly drawn digits become rare, and then rises. Of 2000 digits,
-# 98.2 % were read right without guidance, with a FID of 0.063; 99.55 % and 0.059 with the defaults
-# below; 99.55 % and 0.085 with S = 2.4 in 0.2..0.4 (README.md).
+# S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0
+# (before clipping): it moves from "a digit" to "a four" and further. Why does that make a four look
+# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) is -ε / √(1-ᾱ_t). Averaged over all
+# x_0 that are possible given x_t, this is the gradient of log q(x_t), so ε_θ is -√(1-ᾱ_t) times
+# that; with y, it is the same for q(x_t | y). By Bayes' theorem, the difference of the two
+# predictions is -√(1-ᾱ_t) times the gradient of log q(y | x_t). S > 1 counts it more than once, in
+# favour of images whose class is certain.
 #
 # Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They
 # found that it harms variety at the noisiest steps and hardly matters at the last ones. Elsewhere,
-# one call of the network is enough.
+# one prediction is enough.
+#
+# With guidance, a classifier recognises more of the images. The price is variety, since unusual
+# fours are harder to recognise. FID, the distance between drawn and real images (section 12), sees
+# both: as S grows, it first falls, because badly drawn digits become rare, and then rises. Of 2000
+# digits, 98.2 % were read right without guidance, with a FID of 0.063; 99.55 % and 0.059 with the
+# defaults below; 99.55 % and 0.085 with S = 2.4 for t/T in 0.2..0.4 (README.md).
+#
+# For speed, the network computes in bfloat16 where the hardware can.
 
 # The defaults, chosen by label accuracy and FID on --seed 0, for the default network and schedule.
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 24, 1.7, (0.25, 0.45)  # the interval is in shares of T
@@ -640,8 +646,8 @@ def half_precision(device):
 def guided(model, scale, interval=GUIDANCE_INTERVAL):
     """The guided prediction, as a function from (x_t, t, y) to eps_hat, for the samplers.
 
-    scale is S >= 0. An S above 1 counts inside the interval (low, high) of t/T only, and is 1 elsewhere; an S below
-    1, which weakens the class, counts at every t. All images of a batch have the same t.
+    scale is S >= 0. An S above 1 applies only inside the interval (low, high) of t/T, and is 1 elsewhere; an S below
+    1, which weakens the class, applies at every t. All images of a batch have the same t.
     """
     low, high = sorted(interval)
 
@@ -685,8 +691,9 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     The last x_t is the image.
 
     labels             (N,) integers, a list or a tensor
-    steps, eta         at least 1; in [0, 1]. With eta 1 and T steps this is Algorithm 2, else DDIM
-    guidance           S >= 0
+    steps              at least 1; more than T are T
+    eta                in [0, 1], the share of fresh noise; with 1 and T steps this is Algorithm 2, else DDIM
+    guidance           S >= 0; 1 is none
     guidance_interval  two shares of T, between which guidance is on
     seeds              N integers, by default 0..N-1
     x_T                (N or 1, C, H, W), the noise to start from, by default drawn from the seeds
@@ -721,9 +728,9 @@ def sample(model, labels, **options):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # With η = 0 nothing is random on the way from noise to image. So it can be walked in the other
-# direction too, from an image to the noise that becomes it (Song et al. 2020, section 4.3). That
-# noise holds what the class does not say: the slant and the width of the digit, the weight of the
-# stroke. Sampled with another label, it gives another digit in the same hand.
+# direction too, up to larger t, from an image to the noise that becomes it (Song et al. 2020,
+# section 4.3). That noise holds what the class does not say: the slant and the width of the digit,
+# the weight of the stroke. Sampled with another label, it gives another digit in the same hand.
 #
 # But in a perfectly clean image the network finds no noise, so there is nothing to carry upwards,
 # and the result is far from the pure noise that a sampler expects. The image therefore first gets
@@ -732,8 +739,8 @@ def sample(model, labels, **options):
 #
 # Inverting is unguided (S = 1). Guidance pushes the image towards its class on the way down, and on
 # the way up it would push the image away from it. Sampling unguided from the noise comes back to
-# the image, nearly. Sampling guided draws the digit more clearly than the image has it, which is
-# what one wants of the other digits, so the sample command stays guided.
+# the image, nearly. Sampling guided makes the digit clearer than in the image, which is what one
+# wants of the other digits, so the sample command stays guided.
 
 
 @torch.no_grad()
@@ -744,18 +751,19 @@ def invert(model, x_0, labels, steps=STEPS):
     """
     y = torch.as_tensor(labels, device=x_0.device)
     alpha_bars = cumulative_alphas(model.config).tolist()
-    downwards = visited_steps(len(alpha_bars), steps)[:-1]  # 999, 949, ..., 49
+    downwards = visited_steps(len(alpha_bars), steps)[:-1]  # 999, 957, ..., 41 if there are 24
     upwards = downwards[::-1]
     t = upwards[0]
     eps = seeded_randn_like(range(len(y)))(x_0)
     # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
     x_t = math.sqrt(alpha_bars[t]) * x_0 + math.sqrt(1 - alpha_bars[t]) * eps
     for t, t_next in zip(upwards[:-1], upwards[1:]):
-        # On the way down, the network is called at t_next, with the image that this step is about
-        # to compute. On the way up, only x_t is known. The middle of the two t's is a compromise.
+        # To undo the step down from t_next exactly, the network would have to be called at t_next
+        # with x at t_next, which is not known yet. Calling it with x_t, at a t half way, comes
+        # closer than calling it at t.
         eps_hat = model(x_t, torch.full_like(y, (t + t_next) // 2), y)
         # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is
-        # clipped, since what is cut off would be missing on the way back.
+        # clipped, since clipped values would be lost on the way back.
         x_0_hat = (x_t - math.sqrt(1 - alpha_bars[t]) * eps_hat) / math.sqrt(alpha_bars[t])
         x_t = math.sqrt(alpha_bars[t_next]) * x_0_hat + math.sqrt(1 - alpha_bars[t_next]) * eps_hat
     return x_t
@@ -766,24 +774,25 @@ def invert(model, x_0, labels, steps=STEPS):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # One step of Algorithm 1 with four additions: a learning rate that rises and falls, an optimizer
-# for convolutions, averaged weights and bfloat16. The training loss hardly falls after the first
-# epochs (MNIST: 0.039 after three, 0.033 after thirty), because most of it comes from small t,
-# where the noise hides among details that nobody can predict. The images go on improving all the
-# same: they are decided at larger t, where the loss is far smaller and goes on falling.
+# for convolutions, averaged weights and bfloat16 (section 7). The training loss hardly falls after
+# the first epochs (MNIST: 0.039 after three, 0.033 after thirty), because most of it comes from
+# small t, where the noise hides among details that nobody can predict. The images go on improving
+# all the same: they are decided at larger t, where the loss is far smaller and goes on falling.
 #
-# The optimizers. AdamW scales each number of a gradient by itself. For the weights of convolutions,
-# which are matrices, Muon does better (below): with AdamW alone, the small network of the README
-# has a FID of 0.390 instead of 0.128 (section 12; lower is better). Everything else, the few
-# matrices in nn.Linear included, is left to AdamW.
+# The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
+# read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
+# a FID of 0.390 instead of 0.128 (section 12; lower is better). Everything else is left to AdamW:
+# first and last convolution, nn.Linear, norms, biases, the embedding of the class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
 # unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
-# follows from the number of the step, so a resumed run goes on where the curve was.
+# follows from the number of the step, so a resumed run goes on where the curve was, unless it is
+# given more epochs.
 #
 # The weights for sampling are an exponential moving average (EMA) of the trained weights, over
 # roughly the last 1000 steps. Each step sees one batch with random t and noise, so the weights
-# jitter from step to step; their average does not. At first it covers only a tenth of the steps so
-# far, or it would remember the random first weights for thousands of steps.
+# jitter from step to step; their average does not. In the first 9000 steps it covers only about a
+# tenth of the steps so far, or it would remember the random first weights for thousands of steps.
 
 
 def learning_rate(step, total_steps):
@@ -809,7 +818,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "peak_lr": lr})
+        super().__init__(params, {"lr": lr, "peak_lr": lr})  # train_step scales the peak
 
     @torch.no_grad()
     def step(self):
@@ -819,7 +828,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 average = state["momentum"].lerp_(weight.grad, 0.05)  # 0.95 average + 0.05 gradient
-                update = weight.grad.lerp(average, 0.95)  # Nesterov's momentum: the same once more
+                update = weight.grad.lerp(average, 0.95)  # Nesterov's momentum: mix the gradient in again
                 direction = orthogonalized(update.flatten(1))  # (out, in·height·width)
                 weight.sub_(direction.view_as(weight), alpha=group["lr"])
 
@@ -828,12 +837,12 @@ def orthogonalized(matrix):
     """A matrix with its singular values brought closer to 1, by three steps of a Newton-Schulz iteration.
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has the same
-    singular vectors as X, and the cubes of the singular values. Three steps bring large ones to between 0.7 and 1.2,
-    and make small ones up to 40 times as large (3.4445³). The coefficients are Jordan's, who takes five steps; three
-    make a training step 8 % faster.
+    singular vectors as X, and the cubes of the singular values. Three steps bring those above 0.03 to about 0.7 to
+    1.2, and make smaller ones up to 40 times as large (3.4445³). The coefficients are Jordan's, who takes five steps;
+    three make a training step 8 % faster.
     """
-    # Divided by its norm, it has no singular value above 1. 1e-7 avoids 0/0: before the first step,
-    # a layer in front of a zero one has no gradient.
+    # Divided by its norm, it has no singular value above 1. 1e-7 avoids 0/0: in the first step, a
+    # layer followed by one that begins at zero has no gradient.
     X = matrix / (matrix.norm() + 1e-7)
     with half_precision(matrix.device):
         for _ in range(3):
