@@ -684,6 +684,14 @@ def seeded_randn_like(seeds):
     return randn_like
 
 
+def checked(labels, model):
+    """The labels (N,) as y, on the model's device. Raises ValueError if one of them is no class."""
+    y = torch.as_tensor(labels, dtype=torch.long, device=model.alphas_cumprod.device)
+    if y.min() < 0 or y.max() >= model.no_class:
+        raise ValueError(f"labels {y.tolist()} are not all in 0..{model.no_class - 1}")
+    return y
+
+
 def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
                  guidance_interval=GUIDANCE_INTERVAL, seeds=None, x_T=None):  # fmt: skip
     """Draws an image for each label: a generator that yields (x_t, x_0_hat) after each step.
@@ -702,9 +710,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     """
     config = model.config
     device = model.alphas_cumprod.device
-    y = torch.as_tensor(labels, dtype=torch.long, device=device)
-    if y.min() < 0 or y.max() >= len(config.classes):
-        raise ValueError(f"labels {y.tolist()} are not all in 0..{len(config.classes) - 1}")
+    y = checked(labels, model)
     randn_like = seeded_randn_like(range(len(y)) if seeds is None else seeds)
     if x_T is None:
         shape = (len(y), config.image_channels, config.image_size, config.image_size)
@@ -747,9 +753,10 @@ def sample(model, labels, **options):
 def invert(model, x_0, labels, steps=STEPS):
     """The noise x_T that sample(model, labels, steps=steps, guidance=1, x_T=x_T) turns back into x_0, nearly.
 
-    x_0 (N, C, H, W) in [-1, 1]; labels (N,), what the images show; steps as in sample_steps. Returns x_T, like x_0.
+    x_0 (N, C, H, W) in [-1, 1], on the model's device; labels (N,), what the images show; steps as in sample_steps.
+    Returns x_T, like x_0. Raises ValueError for a label outside the classes.
     """
-    y = torch.as_tensor(labels, device=x_0.device)
+    y = checked(labels, model)
     alpha_bars = cumulative_alphas(model.config).tolist()
     downwards = visited_steps(len(alpha_bars), steps)[:-1]  # 999, 957, ..., 41 if there are 24
     upwards = downwards[::-1]
