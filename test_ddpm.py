@@ -1559,7 +1559,6 @@ def test_one_picture_or_a_folder(weights, capsys, monkeypatch):
     assert sample(*number, "v1.0") == 0
     grid = pixels("new/row.png")
     files = {path.name: pixels(path) for path in Path("v1.0").iterdir()}
-    assert grid.shape == (88, 118)
     assert sorted(files) == sorted(f"{label}_{i:05d}.png" for i, label in enumerate([2, 0, 2, 6] * 3))
     for name, image in files.items():
         row, column = divmod(int(name[2:7]), 4)
@@ -1686,6 +1685,7 @@ ERRORS = [
     (MemoryError(), "smaller"),
     (RuntimeError("CUDA out of memory"), "smaller"),
     (RuntimeError("Connection closed by peer"), "another process is gone"),
+    (RuntimeError("No working C++ compiler found in"), "leave it out"),
     (ddpm.UserError("no Connection in out of memory/"), "no Connection in out of memory/"),
 ]
 
