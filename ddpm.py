@@ -22,7 +22,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t, the share of x_0's variance that is left in x_t            (T,)
 
 The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Equations, and comments on
-them, count like the paper. x_0 is always the clean image.
+them, count as in the paper. x_0 is always the clean image.
 
     python ddpm.py sample --label 3      draw threes with the trained weights in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
@@ -40,8 +40,8 @@ from torch.nn import functional as F
 # PART ONE: DDPM
 # ======================================================================================================================
 #
-# A complete diffusion model: it learns and it draws. It uses math and torch only. In comments, shapes are those of
-# MNIST, grey images of 28x28 pixels, and of the default channels; D = 128 is the length of the embeddings of t and y.
+# A complete diffusion model: it learns and it draws. It uses torch and Python's own modules only. Shapes in comments
+# are those of MNIST, grey images of 28x28 pixels, with the default channels; D = 128 is the length of an embedding.
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Config:
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
-    lr: float = 2e-3  # the highest learning rate, of AdamW; that of Muon is ten times as high (section 9)
+    lr: float = 2e-3  # AdamW's peak learning rate; Muon's is ten times as high (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
     seed: int = 0  # of the random numbers
@@ -102,7 +102,7 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 for T = 1000. With fewer steps, each has to be larger, or x_T would still show the image.
-        # While all β are small, ᾱ_T is about exp(-Σ β_t), and the factor keeps that sum; large β lower it further.
+        # For small β, ᾱ_T is about exp(-Σ β_t), and the factor keeps that sum. Large β make ᾱ_T smaller still.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
@@ -193,11 +193,11 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    A block below adds the output of its layers to its input. With its last layer at zero it adds nothing at first: it
-    begins as the identity, which disturbs neither the signal nor the gradient of the other blocks, and learns what to
-    add. This holds for the encoder, the middle and the attention. In the decoder, the input has too many channels to be
-    added; a 1x1 convolution, the block's shortcut, reduces them, and the block begins as that. The network's last layer
-    begins at zero, too, so its first prediction is v = 0.
+    Each block of the U-Net adds the output of its layers to its input. With its last layer at zero it adds nothing at
+    first: it begins as the identity, which disturbs neither the signal nor the gradient of the other blocks, and learns
+    what to add. This holds for the encoder, the middle and the attention. In the decoder, the input has too many
+    channels to be added; a 1x1 convolution, the block's shortcut, reduces them, and the block begins as this
+    convolution. The network's last layer begins at zero, too, so its first prediction is v = 0.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -250,9 +250,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention: each position gathers what it needs from all others (Vaswani et al. 2017).
 
-    It compares its query with the keys of all positions, and takes the mean of their values, weighted by how well query
-    and key match. A 3x3 convolution sees neighbouring positions only. But the cost of attention grows with the square
-    of the number of positions: at the bottom, where the image is 4x4, 16² comparisons; at 28x28 it would be 784².
+    Each position compares its query with the keys of all positions and takes the mean of their values, weighted by how
+    well query and key match. A 3x3 convolution sees neighbouring positions only. But the number of comparisons is the
+    square of the number of positions: 16² at the bottom, where the image is 4x4; at 28x28 it would be 784².
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -372,7 +372,7 @@ class UNet(nn.Module):
 # training images is a sum over the steps. All terms but the first and the last compare two Gaussians by their KL
 # divergence: the step backwards that would be right if x_0 were known, and the network's. With equal variances, such a
 # term is a weighted squared distance between the means. Eq. 4 turns it into one between ε and ε_θ (Eq. 12). Ho et al.
-# drop the weights, largest at small t, and report better images.
+# drop these weights, which are largest at small t, and report better images.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -381,7 +381,7 @@ class UNet(nn.Module):
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although the large shapes appear there (Ho et
 # al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t, half way
-# between the two. Its images were the best of the three: the FID (section 12; lower is better) of a small network was
+# between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small network was
 # 0.128, against 0.183 for L_simple and 0.162 for the loss of v (4000 images, one seed; README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
@@ -433,8 +433,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance between β̃_t and β_t (see below). So one step
-# back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
+# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance between β̃_t and β_t (Ho et al., section 3.2;
+# see below). So one step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -467,7 +467,7 @@ def posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
     x_0, x_t (B, C, H, W); alpha_bar and alpha_bar_prev are ᾱ_t and ᾱ_{t-1}, floats, alpha_bar < alpha_bar_prev <= 1.
     Returns a tensor like x_0 and a float.
     """
-    # From ᾱ_t and ᾱ_{t-1} alone, so that it also serves when steps are skipped (section 6).
+    # ᾱ_t = ᾱ_{t-1} α_t, so these two give α_t and β_t.
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
     # Eq. 7: μ̃_t = √ᾱ_{t-1} β_t / (1-ᾱ_t) x_0 + √α_t (1-ᾱ_{t-1}) / (1-ᾱ_t) x_t
@@ -526,8 +526,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # 6. DDIM: fewer steps
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Algorithm 2 calls the network 1000 times. DDIM (Song et al. 2020, arXiv 2010.02502) needs 10 to 50
-# calls.
+# Algorithm 2 calls the network 1000 times. With DDIM (Song et al. 2020, arXiv 2010.02502), a few
+# dozen calls are enough.
 #
 # Training uses only q(x_t | x_0), the noise level at each t. How one gets from x_t to x_{t-1} plays
 # no part in it. So any update is allowed whose x_{t-1}, given x_0, has the distribution of Eq. 4
@@ -546,11 +546,11 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
 # Ever shorter steps then approach a smooth curve, the solution of a differential equation (Song et
-# al., section 4.3). Longer steps are a coarser approximation of it, and a coarse one is good
-# enough.
+# al., section 4.3). Longer steps follow it less closely, but closely enough.
 #
 # The list of the t's visited ends with -1, which stands for the clean image, whose ᾱ is 1. At the
-# lowest t before it, noise is still easy to see: with 24 steps, its standard deviation is 0.15.
+# lowest t before it, noise is still easy to see: with 24 steps, its standard deviation is 0.15. The
+# last step removes it all, since at ᾱ = 1 only x̂_0 is left of Eq. 12.
 
 
 def visited_steps(T, steps):
@@ -601,15 +601,15 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 #
 # S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0
 # (before clipping): it moves from "a digit" to "a four" and further. Why does that make a four look
-# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) is -ε / √(1-ᾱ_t). Averaged over all
-# x_0 that are possible given x_t, this is the gradient of log q(x_t), so ε_θ is -√(1-ᾱ_t) times
-# that; with y, it is the same for q(x_t | y). By Bayes' theorem, the difference of the two
-# predictions is -√(1-ᾱ_t) times the gradient of log q(y | x_t). S > 1 counts it more than once, in
-# favour of images whose class is certain.
+# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) by x_t is -ε / √(1-ᾱ_t). Averaged
+# over all x_0 that are possible given x_t, this is the gradient of log q(x_t). So ε_θ(x_t, t, none)
+# is -√(1-ᾱ_t) times the gradient of log q(x_t), and ε_θ(x_t, t, y) of log q(x_t | y). By Bayes'
+# theorem, the difference of the two predictions is -√(1-ᾱ_t) times the gradient of log q(y | x_t).
+# S > 1 counts it more than once, in favour of images whose class is certain.
 #
 # Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They
-# found that it harms variety at the noisiest steps and hardly matters at the last ones. Elsewhere,
-# one prediction is enough.
+# found that it harms variety at the noisiest steps and hardly matters at the last ones. Outside the
+# interval, one prediction is enough.
 #
 # With guidance, a classifier recognises more of the images. The price is variety, since unusual
 # fours are harder to recognise. FID, the distance between drawn and real images (section 12), sees
@@ -646,8 +646,8 @@ def half_precision(device):
 def guided(model, scale, interval=GUIDANCE_INTERVAL):
     """The guided prediction, as a function from (x_t, t, y) to eps_hat, for the samplers.
 
-    scale is S >= 0. An S above 1 applies only inside the interval (low, high) of t/T, and is 1 elsewhere; an S below
-    1, which weakens the class, applies at every t. All images of a batch have the same t.
+    scale is S >= 0. If S is above 1, it applies only inside the interval (low, high) of t/T, with 1 outside. If it is
+    below 1, which weakens the class, it applies at every t. All images of a batch have the same t.
     """
     low, high = sorted(interval)
 
@@ -699,10 +699,10 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     The last x_t is the image.
 
     labels             (N,) integers, a list or a tensor
-    steps              at least 1; more than T are T
+    steps              at least 1; more than T count as T
     eta                in [0, 1], the share of fresh noise; with 1 and T steps this is Algorithm 2, else DDIM
     guidance           S >= 0; 1 is none
-    guidance_interval  two shares of T, between which guidance is on
+    guidance_interval  two shares of T, between which an S above 1 applies
     seeds              N integers, by default 0..N-1
     x_T                (N or 1, C, H, W), the noise to start from, by default drawn from the seeds
 
@@ -733,10 +733,10 @@ def sample(model, labels, **options):
 # 8. Running backwards: your handwriting
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# With η = 0 nothing is random on the way from noise to image. So it can be walked in the other
-# direction too, up to larger t, from an image to the noise that becomes it (Song et al. 2020,
-# section 4.3). That noise holds what the class does not say: the slant and the width of the digit,
-# the weight of the stroke. Sampled with another label, it gives another digit in the same hand.
+# With η = 0 nothing is random on the way from noise to image. So it can also be walked backwards,
+# from an image up to the noise that would become it (Song et al. 2020, section 4.3). That noise
+# holds what the class does not say: the slant and the width of the digit, the weight of the stroke.
+# Sampled with another label, it gives another digit in the same hand.
 #
 # But in a perfectly clean image the network finds no noise, so there is nothing to carry upwards,
 # and the result is far from the pure noise that a sampler expects. The image therefore first gets
@@ -744,9 +744,9 @@ def sample(model, labels, **options):
 # part.
 #
 # Inverting is unguided (S = 1). Guidance pushes the image towards its class on the way down, and on
-# the way up it would push the image away from it. Sampling unguided from the noise comes back to
-# the image, nearly. Sampling guided makes the digit clearer than in the image, which is what one
-# wants of the other digits, so the sample command stays guided.
+# the way up it would push the image away from it. Unguided sampling from that noise comes back to
+# the image, nearly. Guided sampling makes the digit clearer than in the image, which is welcome for
+# the other digits, so the sample command stays guided.
 
 
 @torch.no_grad()
@@ -780,11 +780,12 @@ def invert(model, x_0, labels, steps=STEPS):
 # 9. Training well
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# One step of Algorithm 1 with four additions: a learning rate that rises and falls, an optimizer
-# for convolutions, averaged weights and bfloat16 (section 7). The training loss hardly falls after
-# the first epochs (MNIST: 0.039 after three, 0.033 after thirty), because most of it comes from
-# small t, where the noise hides among details that nobody can predict. The images go on improving
-# all the same: they are decided at larger t, where the loss is far smaller and goes on falling.
+# This is one step of Algorithm 1 with four additions: a learning rate that rises and falls, an
+# optimizer for convolutions, averaged weights and bfloat16 (section 7). The training loss hardly
+# falls after the first epochs (MNIST: 0.039 after three, 0.033 after thirty), because most of it
+# comes from small t, where the noise hides among details that nobody can predict. The images go on
+# improving all the same: they are decided at larger t, where the loss is far smaller and goes on
+# falling.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
@@ -799,7 +800,8 @@ def invert(model, x_0, labels, steps=STEPS):
 # The weights for sampling are an exponential moving average (EMA) of the trained weights, over
 # roughly the last 1000 steps. Each step sees one batch with random t and noise, so the weights
 # jitter from step to step; their average does not. In the first 9000 steps it covers only about a
-# tenth of the steps so far, or it would remember the random first weights for thousands of steps.
+# tenth of the steps so far; otherwise it would remember the random first weights for thousands of
+# steps.
 
 
 def learning_rate(step, total_steps):
@@ -821,11 +823,11 @@ class Muon(torch.optim.Optimizer):
     by bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a
     matrix, (out, in·height·width).
 
-    params: tensors of two or more dimensions; lr: how far a step moves in each singular direction.
+    params: tensors of two or more dimensions; lr: about how far a step moves in each singular direction.
     """
 
     def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "peak_lr": lr})  # train_step scales the peak
+        super().__init__(params, {"lr": lr, "peak_lr": lr})  # train_step sets lr to a share of the peak
 
     @torch.no_grad()
     def step(self):
@@ -864,7 +866,7 @@ def make_optimizers(model):
 
     Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features. Muon's learning
     rate is larger, since an orthogonal matrix with n columns has entries of about 1/√n, while AdamW's steps have
-    entries of about 1. Ten times that of AdamW did well.
+    entries of about 1. Here it is ten times that of AdamW.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
@@ -1019,12 +1021,12 @@ def load_dataset(name, data_dir, train=True):
 
 
 # Files. A run leaves two files that can be loaded again. weights.pt is for sampling: the averaged
-# weights in half precision, and the Config. checkpoint.pt is for resuming, and none of these can be
-# left out: without the optimizers' averages, the next steps have wrong directions and lengths;
-# without the trained weights, training goes on from the averaged ones; without the averaged
-# weights, the average starts anew; without the step number, the learning rate and the order of the
-# images start anew, too. Both files hold tensors and plain values and are read with
-# weights_only=True, since unpickling can run arbitrary code.
+# weights in half precision, and the Config. checkpoint.pt is for resuming. It needs all that it
+# holds: without the optimizers' averages, the next steps would have wrong directions and lengths;
+# without the trained weights, training would go on from the averaged ones; without the averaged
+# weights, the average would start anew; without the step number, so would the learning rate and the
+# order of the images. Both files hold tensors and plain values and are read with weights_only=True,
+# since unpickling can run arbitrary code.
 
 FORMAT = 2  # of all files; raise it when old files would be misread
 
@@ -1045,12 +1047,12 @@ def replacing(path):
     try:
         file = io.BytesIO()
         yield file
-        with explained(f"cannot write {path}"), open(temporary, "wb") as disk:
-            disk.write(file.getvalue())
-            # The old file is replaced only once the new one is on the disk, and not just in a
-            # buffer.
-            os.fsync(disk.fileno())
-            os.replace(temporary, path)
+        with explained(f"cannot write {path}"):
+            with open(temporary, "wb") as disk:
+                disk.write(file.getvalue())
+                disk.flush()  # from Python's buffer to the system,
+                os.fsync(disk.fileno())  # and from there to the disk
+            os.replace(temporary, path)  # only now: the old file stays if any of this fails
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1065,9 +1067,9 @@ def load(path):
     """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or something else."""
     with explained(f"cannot read {path} as a file of this version of ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        predicts = contents.get("config", {}).get("prediction", Config.prediction)
-        if contents["format"] != FORMAT or predicts != Config.prediction:
-            raise ValueError("it was written by another version, whose network predicts something else")
+        config = contents.get("config", {"prediction": Config.prediction})  # a classifier has none
+        if contents["format"] != FORMAT or config["prediction"] != Config.prediction:
+            raise ValueError("it is from another version, or its network predicts something else")
     return contents
 
 
@@ -1087,7 +1089,7 @@ def load_model(path=None, device="cpu"):
         config = Config(**contents["config"])
         # Building a network draws random numbers; the caller's generator must not notice.
         with torch.random.fork_rng(devices=[]):
-            model = UNet(config).float()
+            model = UNet(config).float()  # also where the caller's default is float64
         model.load_state_dict(contents["weights"])
     return model.to(device).requires_grad_(False)
 
@@ -1098,7 +1100,7 @@ def from_bytes(images):
 
 
 def to_bytes(x):
-    """The way back: x, clamped to [-1, 1] and rounded, as uint8 in 0..255, on the CPU."""
+    """The inverse of from_bytes: x, clamped to [-1, 1] and rounded, as uint8 in 0..255, on the CPU."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -1134,7 +1136,7 @@ def save_film(frames, file, columns):
 
 
 def read_digit(path, size=28):
-    """Reads an image file of one digit and makes it look as in MNIST: x_0 (1, 1, size, size) in [-1, 1].
+    """Reads an image file of one digit and makes it look like those of MNIST: x_0 (1, 1, size, size) in [-1, 1].
 
     It may be grey or coloured, dark on light or light on dark; the background must be plain and empty. As in MNIST
     (LeCun et al. 1998, section III.A), the digit fits into a box of 20x20 pixels, and its centre of mass is the
@@ -1144,7 +1146,7 @@ def read_digit(path, size=28):
         image = Image.open(path)
         with suppress(Exception):  # a damaged EXIF block cannot say which way is up
             image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":  # 16 or 32 bits: stretch what the image uses of them to 8
+        if image.mode[0] in "IF":  # 16 or 32 bits: stretch the range of its values to 0..255
             values = np.asarray(image, np.float64)
             values = np.interp(values, (values.min(), values.max()), (0, 255))
             image = Image.fromarray(values.astype(np.uint8))
@@ -1161,8 +1163,10 @@ def read_digit(path, size=28):
     if ink.max() < 40:
         raise UserError(f"{path} shows no digit: nothing in it stands out from the background")
     ink = Image.fromarray((ink / ink.max() - 0.15).clip(0))  # 0.15 removes the paper's grain
-    side = 20 * size // 28
-    digit = np.asarray(ImageOps.contain(ink.crop(ink.getbbox()), (side, side), Image.Resampling.BILINEAR))
+    ink = ink.crop(ink.getbbox())
+    scale = 20 / 28 * size / max(ink.size)
+    box = [max(1, round(scale * side)) for side in ink.size]  # a thin stroke keeps one pixel
+    digit = np.asarray(ink.resize(box, Image.Resampling.BILINEAR))
     stroke = np.median(digit[digit > 0.3 * digit.max()])  # its typical value; in MNIST it is white
     pixels = Image.fromarray((digit / stroke * 255).clip(0, 255).astype(np.uint8))
     row, column = [np.average(index, weights=digit) for index in np.indices(digit.shape)]  # centre of mass
@@ -1176,7 +1180,10 @@ def read_digit(path, size=28):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # train, at the end of this section, is Algorithm 1 with a report. First comes what else a run
-# needs: its state and its files, its options, its batches, its processes and its signals.
+# needs: its state and its files, its options, its processes and its signals.
+#
+# Under torchrun, several processes train one model together, each on its share of every batch. rank
+# is the number of a process; number 0 alone prints and writes.
 
 REPORT_EVERY, SAVE_EVERY = 50, 500  # steps
 
@@ -1188,14 +1195,14 @@ class Run:
         torch.manual_seed(config.seed)
         self.config = config
         self.images, self.labels = images.to(device), labels.to(device)
-        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))  # of images, then labels
         # Images that do not fill a batch are skipped, different ones in each epoch.
         self.steps_per_epoch = max(1, len(images) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.model = UNet(config).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = make_optimizers(self.model)
-        self.parts = [self.model, self.ema, *self.optimizers]
+        self.parts = [self.model, self.ema, *self.optimizers]  # what has a state_dict
         self.step = 0  # steps done
         self.loss_sum = torch.zeros((), device=device)  # since the epoch began
         self.log = ["epoch,step,loss"]  # the lines of log.csv
@@ -1203,8 +1210,8 @@ class Run:
     def batch(self, rank, processes):
         """This process's share of the next step's images and classes: x_0 (B/processes, C, H, W), y (B/processes,).
 
-        All randomness follows from the seed and the number of the step, so a resumed run needs no saved generator
-        state.
+        All randomness follows from the seed, the number of the step and the rank, so a resumed run needs no saved
+        generator state, and no saved order: it is drawn anew in each step.
         """
         B = self.config.batch_size
         epoch, position = divmod(self.step, self.steps_per_epoch)
@@ -1231,9 +1238,9 @@ class Run:
     def save(self, out, sample_every):
         """Writes checkpoint.pt, from which the run goes on as if it had never stopped, and then the other files.
 
-        Those follow from the state, so one that cannot be written now is written at the next save, or by --resume.
-        Raises UserError if checkpoint.pt cannot be written, if the weights are not finite, or if another file is
-        still missing at the end.
+        Those follow from the state. One that cannot be written now is written at the next save, or by --resume, but
+        an earlier epoch's samples_EPOCH.png stays missing. Raises UserError if checkpoint.pt cannot be written, if
+        the weights are not finite, or if another file cannot be written at the last step.
         """
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
             raise UserError("the training has diverged: begin another run with a lower --lr")
@@ -1242,7 +1249,7 @@ class Run:
         contents["parts"] = [part.state_dict() for part in self.parts]
         save(contents, out / "checkpoint.pt")
         if self.step == 0:
-            return
+            return  # nothing is learned yet
         try:
             self.write_outputs(out, sample_every)
         except UserError as error:
@@ -1255,12 +1262,12 @@ class Run:
         with explained("this run cannot go on"):
             if saved["checksum"] != self.checksum:
                 raise ValueError("it began with other images or labels than those in --data-dir")
-            for part, state in zip(self.parts, saved["parts"]):
+            for part, state in zip(self.parts, saved["parts"], strict=True):
                 part.load_state_dict(state)
             self.step, self.log = saved["step"], saved["log"]
             if self.step > self.total_steps:
                 raise ValueError(f"it has already made {self.step} steps, more than --epochs asks for")
-            self.loss_sum += saved["loss_sum"]
+            self.loss_sum.fill_(saved["loss_sum"])
 
     def write_outputs(self, out, sample_every):
         """Writes weights.pt, log.csv and, when an epoch is complete, samples_EPOCH.png. Raises UserError."""
@@ -1292,14 +1299,14 @@ def settle_config(args, saved):
 
     Raises UserError if a run would go on with other options.
     """
-    flags = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if hasattr(Config, name) and value is not None}
     if saved is None:
         source = DATASETS[given.get("dataset", Config.dataset)]
         for name in "image_channels", "image_size", "classes":
             given[name] = getattr(source, name)
         return Config(**given)
-    began, config = Config(**saved["config"]), Config(**saved["config"] | given)
+    began = Config(**saved["config"])
+    config = replace(began, **given)
     if replace(config, epochs=began.epochs) != began:
         raise UserError("the run began with other options: with --resume, only --epochs may change")
     return config
@@ -1369,7 +1376,7 @@ def begin(args, out, rank, processes):
         raise UserError(f"{processes} processes cannot share a batch of {config.batch_size} images")
     if rank == 0:
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
-        # This process reads first, and again below, so that only one downloads:
+        # Process 0 reads before it joins the others, which wait there, so that only it downloads.
         load_dataset(config.dataset, args.data_dir)
     device = join_processes(torch.device(args.device), rank, processes)
     run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
@@ -1393,6 +1400,7 @@ def train(args):
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     run = begin(args, out, rank, processes)
     if rank == 0:
+        # A new run sees at once whether it can write; a resumed one writes what was missing.
         run.save(out, args.sample_every)
     first_step, started_at, stopping = run.step, time.monotonic(), False
     with stop_requests(run.images.device, processes) as asked_to_stop:
@@ -1410,11 +1418,12 @@ def train(args):
 
     if processes > 1:
         torch.distributed.destroy_process_group()
-    if rank == 0 and run.step < run.total_steps:
+    if rank > 0:
+        return
+    if run.step < run.total_steps:
         say(f"stopped at step {run.step} of {run.total_steps}; repeat the command with --resume to go on")
         return 130
-    if rank == 0:
-        say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
+    say(f"done; try: python ddpm.py sample --checkpoint {out / 'weights.pt'}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1422,20 +1431,19 @@ def train(args):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # How good are the images? Three numbers measure it. Each is blind to something, so none is given
-# alone; and each stands beside the same number for as many real test images, to show what a good
-# value is.
+# alone, and beside each stands its value for as many real test images.
 #
 # Label accuracy: how often does a classifier read the digit that was asked for? It sees whether the
 # class came through, not whether the image looks like handwriting: a printed 3 would pass. With
-# guidance it can be higher than for real images, some of which are hard to read; that is not a
-# merit.
+# guidance it can be higher than for real images, some of which are hard to read. That does not make
+# the images better than real ones.
 #
 # FID (Heusel et al. 2017, arXiv 1706.08500): compute the classifier's penultimate-layer features of
 # the samples and of all training images, describe each set by its mean and covariance, and measure
 # how far these two Gaussians are apart. It sees missing variety and wrong style, and 0 is best. It
 # is blind to labels, and to a model that only repeats its training images. The features usually
-# come from Inception, a network trained on photographs of 299x299 pixels; grey digits are out of
-# its distribution. So a FID printed here can only be compared with others printed here, by the same
+# come from Inception, a network trained on photographs of 299x299 pixels; grey digits are nothing
+# like them. So a FID printed here can only be compared with others printed here, by the same
 # classifier and for the same number of images: fewer images make it larger.
 #
 # Inception Score (Salimans et al. 2016, arXiv 1606.03498): is the classifier sure about each image,
@@ -1453,7 +1461,7 @@ def make_classifier(image_channels, classes):
         convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         return convolution, nn.BatchNorm2d(out_channels), nn.ReLU()
 
-    features = nn.Sequential(
+    body = nn.Sequential(
         *block(image_channels, 16),
         nn.MaxPool2d(2),  # (B, 16, 14, 14)
         *block(16, 32),
@@ -1464,7 +1472,7 @@ def make_classifier(image_channels, classes):
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),  # (B, 64)
     )
-    return nn.Sequential(features, nn.Linear(64, classes))
+    return nn.Sequential(body, nn.Linear(64, classes))
 
 
 @torch.no_grad()
@@ -1473,10 +1481,10 @@ def judge(classifier, images):
 
     Returns probabilities (N, classes) and features (N, 64).
     """
-    features, head = classifier.eval()
+    body, head = classifier.eval()  # the two parts that make_classifier gives it
     batches = images.to(head.weight.device).split(BATCH)
-    f = torch.cat([features(from_bytes(batch)) for batch in batches])  # (N, 64)
-    return head(f).cpu().double().softmax(dim=1), f.cpu().double()
+    features = torch.cat([body(from_bytes(batch)) for batch in batches])  # (N, 64)
+    return head(features).cpu().double().softmax(dim=1), features.cpu().double()
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
@@ -1502,7 +1510,7 @@ def train_classifier(classifier, images, labels):
     for step in range(CLASSIFIER_STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * learning_rate(step, CLASSIFIER_STEPS)
         batch = torch.randint(len(images), (128,))
-        # Each batch is moved by up to two pixels, so that the shape of a digit is learned and not
+        # Each batch is shifted by up to two pixels, so that the shape of a digit is learned and not
         # its position. (What leaves on one side comes back on the other; MNIST's margin is all but
         # empty.)
         shift = torch.randint(-2, 3, (2,)).tolist()
@@ -1517,10 +1525,10 @@ def load_classifier(name, data_dir, device):
     """The classifier of a data set, and mean (64,) and covariance (64, 64) of its training images' features.
 
     If assets/ has none, it is trained now and kept there. Raises UserError if the data for that is unavailable, or if
-    the file is damaged.
+    the file is damaged or cannot be written.
     """
     source, path = DATASETS[name], ASSETS / f"classifier_{name}.pt"
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers on the CPU stay as they are
         torch.manual_seed(0)
         classifier = make_classifier(source.image_channels, len(source.classes)).to(device)
         if not path.exists():
@@ -1539,13 +1547,17 @@ def load_classifier(name, data_dir, device):
 def draw(model, labels, seeds, x_T=None, **options):
     """Samples in batches, and yields the images one by one, each (C, H, W), on the CPU.
 
-    labels and seeds are lists (N); the rest is as in sample_steps.
+    labels and seeds are lists (N); x_T is None or (1, C, H, W), for all images; options are those of sample_steps.
     """
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
         images = sample(model, labels[part], seeds=seeds[part], x_T=x_T, **options)
         say(f"{start + len(images)} of {len(labels)}")
         yield from images.cpu()
+
+
+# The flags of sample and evaluate that are arguments of sample_steps, with their defaults:
+SAMPLING = {"steps": STEPS, "eta": 0, "guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
 
 
 def sampling_options(args):
@@ -1562,7 +1574,7 @@ def evaluate(args):
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: args.count]
     images, y = images[chosen], y[chosen]
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
-    seeds = [args.seed * 1_000_000 + i for i in range(len(y))]
+    seeds = [args.seed * 1_000_000 + i for i in range(len(y))]  # no two seeds share an image
     drawn = draw(model, y.tolist(), seeds, **sampling_options(args))
     samples = torch.stack([to_bytes(x_0) for x_0 in drawn])
     for title, x in ("samples", samples), ("test images", images):
@@ -1579,9 +1591,10 @@ def evaluate(args):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # Each command is a function of the parsed flags, args. The flags stand in one table, FLAGS: a block
-# for each group of commands that share flags, and in it a line for each flag, with its name, its
-# kind (an entry of KINDS) and its help. A flag of train that is named like a field of Config sets
-# that field.
+# for each group of commands that share flags, headed by their names, and in it a line for each
+# flag, with its name, its kind (an entry of KINDS) and its help. A flag of train that is named like
+# a field of Config sets that field. It has no default of its own, so that None means "not given",
+# as --resume needs to know. The other defaults stand in COMMANDS.
 
 
 def load_and_say(args):
@@ -1589,6 +1602,8 @@ def load_and_say(args):
     path = args.checkpoint or find_weights()
     model = load_model(path, args.device)
     say(f"weights: {path} ({model.config.dataset})")
+    if model.config.class_dropout == 0 and args.guidance != 1:
+        raise UserError("this network has not learned to draw without a class: it needs --guidance 1")
     return model
 
 
@@ -1612,7 +1627,8 @@ def read_hand(model, args):
     number = class_number(args.like_label, classes)
     x_0 = read_digit(args.like, model.config.image_size)
     if (ASSETS / f"classifier_{name}.pt").exists():
-        probabilities, _ = judge(load_classifier(name, None, "cpu")[0], to_bytes(x_0))
+        classifier, _, _ = load_classifier(name, None, "cpu")  # it exists, so no data is read
+        probabilities, _ = judge(classifier, to_bytes(x_0))
         read = probabilities.argmax().item()
         if read != number:
             doubt = f"{args.like} looks like {classes[read]}, so the hand may come out wrong"
@@ -1648,7 +1664,7 @@ def sample_command(args):
             save_film(frames, file, columns)
         images, _ = frames[-1]
     else:
-        images = draw(model, labels, seeds, x_T, **sampling_options(args))
+        images = draw(model, labels, seeds, x_T, **sampling_options(args))  # begins below
     if folder:
         for i, x_0 in enumerate(images):
             with replacing(args.out / f"{labels[i]}_{i:05d}.png") as file:
@@ -1685,11 +1701,12 @@ def in_range(convert, low, high):
     """An argparse type: a number from low to high."""
 
     def number(text):
-        if not low <= convert(text) <= high:
+        value = convert(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return convert(text)
+        return value
 
-    return number
+    return number  # its name is in argparse's message for what convert refuses
 
 
 KINDS = {
@@ -1699,7 +1716,7 @@ KINDS = {
     "switch": {"action": "store_true"},
     "count": {"type": in_range(int, 1, 10**9)},
     "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
-    # From fewer images than features (64), their covariance says little. There are 10,000 test
+    # With fewer images than features (64), their covariance says little; there are 10,000 test
     # images.
     "many": {"type": in_range(int, 65, 10000)},
     "seed": {"type": in_range(int, 0, 2**31)},
@@ -1719,12 +1736,12 @@ lr                 share     peak learning rate (default: {Config.lr})
 timesteps          count     T, the number of noising steps (default: {Config.timesteps})
 schedule           schedule  of the noise (default: {Config.schedule})
 channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
-class-dropout      share     share of labels to drop (default: {Config.class_dropout})
+class-dropout      share     share of labels to drop; 0 rules out guidance (default: {Config.class_dropout})
 ema-decay          share     of the averaged weights, per step (default: {Config.ema_decay})
 out                path      folder of the run (default: runs/DATASET)
 sample-every       count     epochs between sample images (default: 1)
 resume             switch    continue the run in --out, with its own options
-compile            switch    use torch.compile: a minute's wait, then faster steps on a GPU
+compile            switch    use torch.compile, which needs a compiler; the first step then takes a minute
 
 sample
 label              words     class, or classes of a row, by name or number (default: all)
@@ -1755,7 +1772,6 @@ shapes
 dataset            dataset   whose images (default: {Config.dataset})
 channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 """
-SAMPLING = {"steps": STEPS, "eta": 0, "guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
 COMMANDS = {  # name: function, help, defaults
     "train": (train, "train a model into a folder", {"sample_every": 1}),
     "sample": (sample_command, "draw images", SAMPLING | {"seed": 0, "out": Path("samples.png")}),
@@ -1809,7 +1825,7 @@ def main(argv=None):
     except UserError as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        text = str(error) or "out of memory"  # a MemoryError has no text
+        text = "out of memory" if isinstance(error, MemoryError) else str(error)
         message = next((hint for words, hint in HINTS.items() if words in text), None)
         if message is None:
             raise
@@ -1818,6 +1834,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # Everything is written and flushed. An ordinary exit could still fail: flushing a stdout that
-    # is full or gone, or ending threads of torch.distributed, which now and then abort the process.
+    # All files are written. An ordinary exit could still fail, in flushing a stdout that is full or
+    # gone, or in ending threads of torch.distributed, which now and then abort the process.
     os._exit(main())
