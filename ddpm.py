@@ -57,7 +57,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); a file with another value is refused
+    prediction: str = "v"  # what the last layer predicts (section 3); weights of another kind are refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
@@ -102,18 +102,18 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 for T = 1000. With fewer steps, each has to be larger, or x_T would still show the image.
-        # For small β, ᾱ_T is about exp(-Σ β_t), and the factor keeps that sum. Large β make ᾱ_T smaller still.
+        # For small β, ᾱ_T is about exp(-Σ β_t); 1000/T keeps that sum. Large β make ᾱ_T smaller still.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
         # The linear schedule spends many steps on images that are almost pure noise. Here, ᾱ falls evenly in the middle
-        # and slowly at both ends. Without the offset 0.008, they found, the first noise is too faint to predict well.
+        # and slowly at both ends. Without the offset 0.008, the authors found, the first noise is too faint to predict.
         t_over_T = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         f = torch.cos((t_over_T + 0.008) / (1 + 0.008) * math.pi / 2) ** 2  # (T+1,)
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise ValueError(f"no schedule is called {schedule!r}: choose from {SCHEDULES}")
-    # β = 1 would erase the image, and sampling would divide by ᾱ = 0. Nichol & Dhariwal limit β in the same way.
+    # With β = 1, ᾱ_T would be 0, and sampling divides by it. A large β does no harm there: x_t is almost pure noise.
     return betas.clamp(max=0.999)
 
 
@@ -143,7 +143,7 @@ def q_sample(x_0, t, eps, alphas_cumprod):
     """Adds the noise of all steps up to t to clean images: a draw from q(x_t | x_0) (Ho et al. 2020, Eq. 4).
 
     x_0 (B, C, H, W) in [-1, 1]; t (B,) integers in 0..T-1; eps like x_0, standard normal; alphas_cumprod (T,), on the
-    device of t. Returns x_t, like x_0.
+    device of t, of the dtype of x_0. Returns x_t, like x_0.
     """
     alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1): each image has its own t
     # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
@@ -214,12 +214,12 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions whose result is added to their input. Time and class act between the two.
+    """Two convolutions whose result is added to their input. The step t and the class y act between the two.
 
-    One nn.Linear projects the embedding of the time, another that of the class. Their sum is a scale and a shift for
-    each channel: the adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block
-    has its own projections, so it can amplify or damp its own features, depending on the noise level and on the digit.
-    (Dhariwal & Nichol project the sum of the embeddings. With two projections, time and class do not share weights.)
+    One nn.Linear projects the embedding of t, another that of y. Their sum is a scale and a shift for each channel: the
+    adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has its own
+    projections, so it can amplify or damp its own features, depending on the noise level and on the digit. (Dhariwal &
+    Nichol project the sum of the embeddings. With two projections, t and y do not share weights.)
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
@@ -252,7 +252,7 @@ class Attention(nn.Module):
 
     Each position compares its query with the keys of all positions and takes the mean of their values, weighted by how
     well query and key match. A 3x3 convolution sees neighbouring positions only. But the number of comparisons is the
-    square of the number of positions: 16² at the bottom, where the image is 4x4; at 28x28 it would be 784².
+    square of the number of positions, so attention is used only at the bottom: 16² at 4x4, not 784² at 28x28.
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -277,8 +277,8 @@ class Attention(nn.Module):
 #     x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                     ε   = √ᾱ_t v + √(1-ᾱ_t) x_t
 #     v   = √ᾱ_t ε - √(1-ᾱ_t) x_0                     x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
 #
-# The left side rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right side rotates it
-# back; its first line is how UNet computes ε. Why v? It is roughly what x_t does not show: about ε at small t, where
+# The left column rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right column rotates
+# it back; its first line is how UNet computes ε. Why v? It is roughly what x_t does not show: about ε at small t, where
 # x_t is almost x_0, and about -x_0 at large t, where x_t is almost ε. A network that predicts ε at large t has to copy
 # x_t almost exactly; all that matters, the faint image, is the tiny difference.
 #
@@ -297,7 +297,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.no_class = len(config.classes)
-        # In float32, like the layers. Not part of a checkpoint, since it follows from the config.
+        # float32, like the layers, is exact enough here. Not part of a checkpoint, since it follows from the config.
         self.register_buffer("alphas_cumprod", cumulative_alphas(config).float(), persistent=False)
 
         channels = config.channels
@@ -366,13 +366,13 @@ class UNet(nn.Module):
 #
 # What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is the mean
 # of all ε that are possible, given x_t and y. By Eq. 4 it implies the mean of all x_0 that are possible. At small t
-# that is one image; at large t, where x_t could be almost any three, it is a blur.
+# that is one image; at large t, where many are possible, it is a blur.
 #
 # Where does the loss come from? (This can wait until section 5 has been read.) A bound on the log-likelihood of the
-# training images is a sum over the steps. All terms but the first and the last compare two Gaussians by their KL
-# divergence: the step backwards that would be right if x_0 were known, and the network's. With equal variances, such a
-# term is a weighted squared distance between the means. Eq. 4 turns it into one between ε and ε_θ (Eq. 12). Ho et al.
-# drop these weights, which are largest at small t, and report better images.
+# training images is a sum over the steps. All terms but the first and the last measure by the KL divergence how far two
+# Gaussians are apart: the step backwards that would be right if x_0 were known, and the network's. With equal
+# variances, such a term is a weighted squared distance between the means. Eq. 4 turns it into one between ε and ε_θ
+# (Eq. 12). Ho et al. drop these weights, which are largest at small t, and report better images.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -433,8 +433,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance between β̃_t and β_t (Ho et al., section 3.2;
-# see below). So one step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
+# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance that is on average between β̃_t and β_t (see
+# below). With the smaller one, a step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -446,8 +446,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
 # consists of a single image, so that x_0 is known. The second is right if the data is standard normal: then so are
 # x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t,
-# which is 0 in the last step. With β_t, it is z = 0 that keeps the last noise out of the image, though it would hardly
-# be visible: its standard deviation is √β_1 = 0.01, about one step between grey values (2/255).
+# which is 0 in the last step, with or without z = 0. With β_t, z = 0 keeps out a last noise that would hardly be
+# visible: its standard deviation is √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
