@@ -57,7 +57,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); weights of another kind are refused
+    prediction: str = "v"  # what the last layer predicts (section 3): no choice, but a check on loading
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
@@ -74,8 +74,8 @@ class Config:
 # 1. The noise schedule
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Noise is added in T small steps. Step t shrinks the image a little and adds Gaussian noise of variance β_t. Write q
-# for the probability densities of this process:
+# Noise is added in T small steps. Step t shrinks the pixel values a little and adds Gaussian noise of variance β_t.
+# Write q for the probability densities of this process:
 #
 #     Eq. 2:  q(x_t | x_{t-1}) = N(√(1-β_t) x_{t-1}, β_t I)
 #
@@ -113,7 +113,7 @@ def beta_schedule(schedule, timesteps):
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise ValueError(f"no schedule is called {schedule!r}: choose from {SCHEDULES}")
-    # With β = 1, ᾱ_T would be 0, and sampling divides by it. A large β does no harm there: x_t is almost pure noise.
+    # With β_T = 1, ᾱ_T would be 0; sampling divides by √ᾱ_T. A large β does no harm so late: x_t is almost pure noise.
     return betas.clamp(max=0.999)
 
 
@@ -250,9 +250,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention: each position gathers what it needs from all others (Vaswani et al. 2017).
 
-    Each position compares its query with the keys of all positions and takes the mean of their values, weighted by how
-    well query and key match. A 3x3 convolution sees neighbouring positions only. But the number of comparisons is the
-    square of the number of positions, so attention is used only at the bottom: 16² at 4x4, not 784² at 28x28.
+    A linear layer gives each position a query, a key and a value. Each takes the mean of all values, weighted by how
+    well its query fits their keys. A 3x3 convolution sees neighbouring positions only. But the number of comparisons is
+    the square of the number of positions, so attention is used only at the bottom: 16² at 4x4, not 784² at 28x28.
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -280,10 +280,10 @@ class Attention(nn.Module):
 # The left column rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right column rotates
 # it back; its first line is how UNet computes ε. Why v? It is roughly what x_t does not show: about ε at small t, where
 # x_t is almost x_0, and about -x_0 at large t, where x_t is almost ε. A network that predicts ε at large t has to copy
-# x_t almost exactly; all that matters, the faint image, is the tiny difference.
+# x_t almost exactly; only its tiny deviation tells of the image.
 #
-# This tames errors, too. An error δ of v is an error √ᾱ_t δ of ε, and √(1-ᾱ_t) δ in x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t:
-# never more than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
+# This tames errors, too. By the right column, an error δ of v is an error √ᾱ_t δ of ε and √(1-ᾱ_t) δ of x̂_0: never more
+# than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
 
 
 class UNet(nn.Module):
@@ -379,10 +379,10 @@ class UNet(nn.Module):
 #
 #     ε - ε_θ = √ᾱ_t (v - v_θ)        v_θ is what the last layer predicts
 #
-# So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although the large shapes appear there (Ho et
-# al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t, half way
-# between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small network was
-# 0.128, against 0.183 for L_simple and 0.162 for the loss of v (4000 images, one seed; README.md).
+# So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
+# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
+# half way between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small
+# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (4000 samples, one seed; README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -433,7 +433,7 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Around its mean, x_{t-1} is nearly Gaussian (section 1), with a variance that is on average between β̃_t and β_t (see
+# Around its mean, x_{t-1} is nearly Gaussian (section 1), with an average variance between β̃_t and β_t (extreme cases:
 # below). With the smaller one, a step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I), and then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
@@ -445,9 +445,9 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1):
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
 # consists of a single image, so that x_0 is known. The second is right if the data is standard normal: then so are
-# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t,
-# which is 0 in the last step, with or without z = 0. With β_t, z = 0 keeps out a last noise that would hardly be
-# visible: its standard deviation is √β_1 = 0.01, about one step between grey values (2/255).
+# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t; as
+# β̃_1 = 0, z = 0 changes nothing. With β_t, it keeps out a last noise that would hardly be visible: its standard
+# deviation is √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -496,7 +496,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         x_0_hat = predict_x_0(x_t, eps_hat, alpha_bar)
         mean, sigma = posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)
         z = randn_like(x_t) if t > 0 else torch.zeros_like(x_t)
-        x_t = mean + sigma * z
+        x_t = mean + sigma * z  # x_{t-1}
         yield x_t, x_0_hat
 
 
