@@ -484,8 +484,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
     """Algorithm 2 of Ho et al. 2020, with the class y: a generator that yields (x_{t-1}, x_0_hat) after each step.
 
     model is a UNet, or any function from (x_t, t, y) to eps_hat; x_T (B, C, H, W) is standard normal; y (B,);
-    alphas_cumprod (T,) in float64, since 1-ᾱ_t is tiny at small t; randn_like(x) returns standard normal noise like x.
-    In the last pair, x_{t-1} is the finished image.
+    alphas_cumprod (T,) in float64, since 1 - ᾱ_t/ᾱ_{t-1} is tiny at small t; randn_like(x) returns standard normal
+    noise like x. In the last pair, x_{t-1} is the finished image.
     """
     alpha_bars = alphas_cumprod.tolist()
     x_t = x_T
