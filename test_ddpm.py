@@ -245,9 +245,7 @@ def test_blocks_before_training():
 
 
 def test_path_through_the_network():
-    """Time and class reach each block, a decoder block sees what the encoder block of its size gave, and the output is
-    √ᾱ v + √(1-ᾱ) x_t.
-    """
+    """Time and class reach each block, a skip the decoder block of its size, and v becomes √ᾱ v + √(1-ᾱ) x_t."""
     model = random_unet()
     x_t, t, y = normal(3, 1, 7, 7).float(), torch.tensor([0, 20, 49]), torch.tensor([3, 8, 10])
     first, _, second, _ = model.time_mlp  # the others are SiLU
@@ -1104,7 +1102,7 @@ def test_pictures_of_a_digit_are_read_alike(kind):
 
 
 def test_a_thin_stroke():
-    """A stroke that is more than 40 times as long as wide is a one."""
+    """A stroke more than 40 times as long as wide keeps its length, and one pixel of width."""
     image = Image.new("L", (200, 200))
     image.paste(255, (99, 20, 102, 180))
     image.save("one.png")
