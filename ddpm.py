@@ -382,7 +382,7 @@ class UNet(nn.Module):
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
 # (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
 # half way between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small
-# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (t uniform, Muon, one seed; README.md).
+# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (t uniform, no decay, one seed; README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -602,15 +602,15 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 #
 # S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0
 # (before clipping): it moves from "a digit" to "a four" and further. Why does that make a four look
-# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) by x_t is -ε / √(1-ᾱ_t). Its mean
+# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) in x_t is -ε / √(1-ᾱ_t). Its mean
 # over all x_0 that are possible given x_t is the gradient of log q(x_t):
 #
 #     E[∇ log q(x_t | x_0) | x_t] = ∫ q(x_0) ∇q(x_t | x_0) dx_0 / q(x_t) = ∇q(x_t) / q(x_t)
 #
-# So ε_θ(x_t, t, none) is -√(1-ᾱ_t) ∇ log q(x_t), and ε_θ(x_t, t, y) is -√(1-ᾱ_t) ∇ log q(x_t | y).
-# By Bayes' theorem, their difference is -√(1-ᾱ_t) ∇ log q(y | x_t). Sampling subtracts the predicted
-# noise, so it moves along this gradient; S > 1 counts it more than once, in favour of images whose
-# class is certain.
+# So a perfect ε_θ(x_t, t, none) is -√(1-ᾱ_t) ∇ log q(x_t), and ε_θ(x_t, t, y) is -√(1-ᾱ_t) ∇ log
+# q(x_t | y). The second minus the first is, by Bayes' theorem, -√(1-ᾱ_t) ∇ log q(y | x_t). Sampling
+# subtracts the predicted noise, so it moves along this gradient, and S times as strongly with
+# guidance, in favour of images whose class is certain.
 #
 # Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They
 # found that it harms variety at the noisiest steps and hardly matters at the last ones. Outside the
@@ -620,11 +620,11 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 # fours are harder to recognise. FID, the distance between drawn and real images (section 12), sees
 # both: as S grows, it first falls, because badly drawn digits become rare, and then rises. Of 2000
 # digits, 98.2 % were read right without guidance, with a FID of 0.063; 99.55 % and 0.059 with the
-# defaults below; 99.55 % and 0.085 with S = 2.4 for t/T in 0.2..0.4 (README.md).
+# defaults below; 99.55 % and 0.085 with S = 2.4, for t/T in 0.2..0.4 (README.md).
 #
 # For speed, the network computes in bfloat16 where the hardware can.
 
-# The defaults, chosen by label accuracy and FID on --seed 0, for the default network and schedule.
+# The defaults, chosen by label accuracy and FID on --seed 0, for assets/mnist.pt.
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 24, 1.7, (0.25, 0.45)  # the interval is in shares of T
 
 
@@ -749,9 +749,8 @@ def sample(model, labels, **options):
 # part.
 #
 # Inverting is unguided (S = 1). Guidance pushes the image towards its class on the way down, and on
-# the way up it would push the image away from it. Unguided sampling from that noise comes back to
-# the image, nearly. Guided sampling makes the digit clearer than in the image, which is welcome for
-# the other digits, so the sample command stays guided.
+# the way up it would push the image away from it. Unguided sampling from that noise nearly
+# returns the image. The sample command stays guided, which makes the other digits clearer.
 
 
 @torch.no_grad()
@@ -786,27 +785,28 @@ def invert(model, x_0, labels, steps=STEPS):
 # 9. Training well
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# This is one step of Algorithm 1 with five changes: other steps t, an optimizer for convolutions, a
-# learning rate that rises and falls, averaged weights and bfloat16 (section 7). After the first
-# epoch, the training loss falls little (Fashion-MNIST: 0.128 in the first, 0.061 in the second,
-# 0.048 in the thirtieth), because it has a floor: many clean images could have become the same
-# noisy one, so no network can know the noise exactly. Close to the floor, gains that look small in
-# the loss are still visible in the images.
+# train_step is one step of Algorithm 1 with five changes: other steps t, an optimizer for
+# convolutions, a learning rate that rises and falls, averaged weights and bfloat16 (section 7).
+# From the second epoch on, the training loss falls slowly (small network, Fashion-MNIST: 0.061 in
+# the second, 0.048 in the thirtieth), because it has a floor: many clean images could have become
+# the same noisy one, so no network can know the noise exactly. Close to the floor, gains that look
+# small in the loss are still visible in the images.
 #
 # The steps t. Algorithm 1 draws t uniformly, but some steps teach less than others: at small t, x_0
-# is almost visible in x_t, and above 0.65 T, where ᾱ_t < 0.014, little of it is left. Training
-# draws the steps between more often. Here, t/T is the second smallest of four uniform draws, which
-# has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of unguided images,
-# drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower is better). It is
-# not a matter of weight: with uniform draws, and the loss times the density of Beta(2, 3), the mean
-# gradient is the same, yet the FID was 0.316. Rather, fewer images are spent where little can be
-# learned. Late steps are drawn seldom, but still count, by their weight (section 4). Esser et al.
-# 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more often, too.
+# is plain to see in x_t, and above 0.65 T, where ᾱ_t < 0.014, little of it is left. Training draws
+# the steps between more often. Here, t/T is the second smallest of four uniform draws, which has
+# the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of unguided images, drawn
+# by the small network of the README, from 0.331 to 0.236 (section 12; lower is better). It is not a
+# matter of weight: with uniform draws, and the loss times the density of Beta(2, 3), the mean
+# gradient is the same, yet the FID was 0.316 (0.246 with the draws; both with weight decay).
+# Rather, fewer images are spent where little can be learned. Late steps are drawn seldom; their
+# weight 1/√ᾱ_t (section 4) makes up for a part of it. Esser et al. 2024 (arXiv 2403.03206), for
+# similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
-# a FID of 0.390 instead of 0.128 (guided, uniform t). Everything else is left to AdamW: first and
-# last convolution, nn.Linear, norms, biases, the embedding of the class.
+# a FID of 0.390 instead of 0.128 (guided, uniform t, no decay). Everything else is left to AdamW:
+# first and last convolution, nn.Linear, norms, biases, the embedding of the class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
 # unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
@@ -837,9 +837,12 @@ class Muon(torch.optim.Optimizer):
 
     Jordan's argument: a few directions dominate the gradient of a weight matrix. Muon lets the others count as well,
     by bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a
-    matrix, (out, in·height·width). Each step also shrinks the weights, by the share 0.1 lr (weight decay). Many
-    convolutions are followed by a normalization, which cancels the scale of their weights. Without decay these grow all
-    the time (Fashion-MNIST: to about ten times the length in thirty epochs), and a step changes them less and less.
+    matrix, (out, in·height·width).
+
+    Each step also shrinks the weights, by the share 0.1 lr (weight decay; Liu et al. 2025, arXiv 2502.16982). Without
+    it, they became about ten times as long in thirty epochs of Fashion-MNIST. The first convolution of a block is
+    followed by a normalization, which cancels the scale of its weights; so the longer these are, the less a step
+    changes.
 
     params: tensors of two or more dimensions; lr: about how far a step moves in each singular direction.
     """
