@@ -24,7 +24,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
 The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Equations, and comments on
 them, count as in the paper. x_0 is always the clean image.
 
-    python ddpm.py sample --label 3      draw threes with the trained weights in assets/
+    python ddpm.py sample --label 3      draw threes, with weights of yours or those in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
     python ddpm.py evaluate              measure how good the digits are
 """
@@ -250,9 +250,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention: each position gathers what it needs from all others (Vaswani et al. 2017).
 
-    A linear layer gives each position a query, a key and a value. Each takes the mean of all values, weighted by how
-    well its query fits their keys. A 3x3 convolution sees neighbouring positions only. But the number of comparisons is
-    the square of the number of positions, so attention is used only at the bottom: 16² at 4x4, not 784² at 28x28.
+    A linear layer gives each position a query, a key and a value. A position takes the mean of all values, weighted by
+    how well its query fits their keys. A 3x3 convolution sees neighbouring positions only. The price: each position is
+    compared with each. So attention is used only at the bottom: 16² comparisons at 4x4, not 784² at 28x28.
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -382,7 +382,7 @@ class UNet(nn.Module):
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
 # (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
 # half way between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small
-# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (t uniform, no decay, one seed; README.md).
+# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (with a simpler section 9; see README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -434,8 +434,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1, t=None):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Around its mean, x_{t-1} is nearly Gaussian (section 1), with an average variance between β̃_t and β_t (Ho et al.,
-# section 3.2). A step back takes the smaller one: a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
+# Around its mean, x_{t-1} is nearly Gaussian (section 1). Its variance, averaged over pixels and x_t, lies between β̃_t
+# and β_t (Ho et al., section 3.2). A step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -455,7 +455,7 @@ def predict_x_0(x_t, eps_hat, alpha_bar):
     """The clean image that x_t and its predicted noise imply, clipped to [-1, 1]: x_0_hat (Ho et al. 2020, Eq. 15).
 
     x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). The mean of all possible x_0 lies in [-1, 1], as all
-    of them do, so clipping only removes errors.
+    of them do, so clipping only removes errors, and what guidance (section 7) adds beyond.
     """
     # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
     x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
@@ -542,16 +542,18 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the two
 # noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. As in section 5, the
-# estimates stand in for the true values; that this works for longer steps, too, is explained next.
+# estimates stand in for the true values.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
-# Ever shorter steps then approach a smooth curve, the solution of a differential equation (Song et
-# al., section 4.3). Longer steps follow it less closely, but closely enough.
+# Ever shorter steps then approach a smooth curve, the solution of a differential equation. For a
+# perfect network, these curves carry pure noise to images distributed like x_0 (Song,
+# Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow them less closely;
+# README.md measures how many are enough.
 #
-# The list of the t's visited ends with -1, which stands for the clean image, whose ᾱ is 1. At the
-# lowest t before it, noise is still easy to see: with 24 steps, its standard deviation is 0.15. The
-# last step removes it all, since at ᾱ = 1 only x̂_0 is left of Eq. 12.
+# In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
+# is 1. At the lowest t before it, noise is still easy to see: with 24 steps, its standard deviation
+# is 0.15. The last step removes it all, since at ᾱ = 1 only x̂_0 is left of Eq. 12.
 
 
 def visited_steps(T, steps):
@@ -624,8 +626,6 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 # both: as S grows, it first falls, because badly drawn digits become rare, and then rises. Of 2000
 # digits, 98.2 % were read right without guidance, with a FID of 0.063; 99.55 % and 0.059 with the
 # defaults below; 99.55 % and 0.085 with S = 2.4, for t/T in 0.2..0.4 (README.md).
-#
-# For speed, the network computes in bfloat16 where the hardware can.
 
 # The defaults, chosen by label accuracy and FID on --seed 0, for assets/mnist.pt.
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 24, 1.7, (0.25, 0.45)  # the interval is in shares of T
@@ -751,9 +751,9 @@ def sample(model, labels, **options):
 # the noise of the lowest level visited, by Eq. 4. That draw has a fixed seed; it is the only random
 # part.
 #
-# Inverting is unguided (S = 1). Guidance pushes the image towards its class on the way down, and on
-# the way up it would push the image away from it. Unguided sampling from that noise nearly
-# returns the image. The sample command stays guided, which makes the other digits clearer.
+# Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo. Unguided
+# sampling from that noise nearly returns the image. The sample command stays guided, which makes
+# the other digits clearer.
 
 
 @torch.no_grad()
@@ -795,21 +795,21 @@ def invert(model, x_0, labels, steps=STEPS):
 # the same noisy one, so no network can know the noise exactly. Close to the floor, gains that look
 # small in the loss are still visible in the images.
 #
-# The steps t. Algorithm 1 draws t uniformly, but some steps teach less than others: at small t, x_0
-# is plain to see in x_t, and above 0.65 T, where ᾱ_t < 0.014, little of it is left. Training draws
-# the steps between more often. Here, t/T is the second smallest of four uniform draws, which has
-# the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of unguided images, drawn
-# by the small network of the README, from 0.331 to 0.236 (section 12; lower is better). Weighting
-# alone does not do it. Uniform draws, with the loss times the density of Beta(2, 3), have the same
-# mean gradient, but gave 0.316, against 0.246 with the draws (both with weight decay): they spend
-# more images where little can be learned. Late steps are drawn seldom; their weight 1/√ᾱ_t (section
-# 4) makes up for a part of it. Esser et al. 2024 (arXiv 2403.03206), for similar models of large
-# images, draw the middle more often, too.
+# The steps t. Algorithm 1 draws t uniformly, but some steps teach less than others: below 0.1 T,
+# x_0 is plain to see in x_t, and above 0.65 T, where ᾱ_t < 0.014, little of it is left. Training
+# draws the steps between these two more often. Here, t/T is the second smallest of four uniform
+# draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
+# unguided images, drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower
+# is better). Weighting alone does not do it. Uniform draws, with the loss times the density of
+# Beta(2, 3), have the same mean gradient, but gave 0.316, against 0.246 with the draws (both with
+# weight decay): they spend more images where little can be learned. Late steps are drawn seldom;
+# their weight 1/√ᾱ_t (section 4) makes up for a part of it. Esser et al. 2024 (arXiv 2403.03206),
+# for similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
-# a FID of 0.390 instead of 0.128 (guided, uniform t, no decay). Everything else is left to AdamW:
-# first and last convolution, nn.Linear, norms, biases, the embedding of the class.
+# a FID of 0.390 instead of 0.128 (guided, uniform t, no weight decay). Everything else is left to
+# AdamW: first and last convolution, nn.Linear, norms, biases, the embedding of the class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
 # unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
@@ -1071,6 +1071,7 @@ def replacing(path):
         if path.is_dir():
             raise ValueError("it is a folder")
         temporary.touch()
+        temporary.unlink()  # again, since a killed command would leave it behind
     try:
         file = io.BytesIO()
         yield file
@@ -1170,9 +1171,7 @@ def read_digit(path, size=28):
     middle of 28x28. Raises UserError when the file is not an image or shows nothing.
     """
     with explained(f"cannot read {path} as an image"):
-        image = Image.open(path)
-        with suppress(Exception):  # a damaged EXIF block cannot say which way is up
-            image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(Image.open(path))  # turned as the camera says
         if image.mode[0] in "IF":  # 16 or 32 bits: stretch the range of its values to 0..255
             values = np.asarray(image, np.float64)
             values = np.interp(values, (values.min(), values.max()), (0, 255))
@@ -1251,7 +1250,10 @@ class Run:
         return from_bytes(self.images[share]), self.labels[share]
 
     def report(self, steps_per_s):
-        """Prints where the run is. At the end of an epoch, it also logs the mean loss and resets it."""
+        """Prints where the run is. At the end of an epoch, it also logs the mean loss and resets it.
+
+        With several processes, it is the loss of this one's shares.
+        """
         epoch, position = divmod(self.step - 1, self.steps_per_epoch)
         loss = self.loss_sum.item() / (position + 1)
         minutes = (self.total_steps - self.step) / steps_per_s / 60
@@ -1318,7 +1320,6 @@ def claim(out):
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise ValueError("the folder is not empty")
-        (out / "log.csv").touch(exist_ok=False)  # fails if another process has just done the same
 
 
 def settle_config(args, saved):
@@ -1340,14 +1341,16 @@ def settle_config(args, saved):
 
 
 def join_processes(device, rank, processes):
-    """Joins the processes that torchrun started, waits for the others, and returns this one's device."""
+    """Joins the processes that torchrun started, waits for all, and returns this one's device."""
     if processes == 1:
         return device
     with explained("WORLD_SIZE is set, but not all processes were found: start them with torchrun"):
         backend = "gloo"
         if device.type == "cuda":
             backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group(backend, rank=rank, world_size=processes)
+        torch.distributed.barrier()  # NCCL alone would not wait here
     return device
 
 
@@ -1601,7 +1604,7 @@ def evaluate(args):
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: args.count]
     images, y = images[chosen], y[chosen]
     classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
-    seeds = [args.seed * 1_000_000 + i for i in range(len(y))]  # no two seeds share an image
+    seeds = [args.seed * 1_000_000 + i for i in range(len(y))]  # no two --seed share one
     drawn = draw(model, y.tolist(), seeds, **sampling_options(args))
     samples = torch.stack([to_bytes(x_0) for x_0 in drawn])
     for title, x in ("samples", samples), ("test images", images):
@@ -1621,7 +1624,7 @@ def evaluate(args):
 # for each group of commands that share flags, headed by their names, and in it a line for each
 # flag, with its name, its kind (an entry of KINDS) and its help. A flag of train that is named like
 # a field of Config sets that field. It has no default of its own, so that None means "not given",
-# as --resume needs to know. The other defaults stand in COMMANDS.
+# as --resume needs to know. The other defaults stand below the table.
 
 
 def load_and_say(args):
