@@ -24,7 +24,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
 The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Equations, and comments on
 them, count as in the paper. x_0 is always the clean image.
 
-    python ddpm.py sample --label 3      draw threes, with weights of yours or those in assets/
+    python ddpm.py sample --label 3      draw threes, with your newest weights or those in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
     python ddpm.py evaluate              measure how good the digits are
 """
@@ -64,7 +64,7 @@ class Config:
     lr: float = 2e-3  # AdamW's peak learning rate; Muon's is ten times as high (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
-    seed: int = 0  # of the random numbers
+    seed: int = 0  # of all random numbers
 
     def __post_init__(self):
         self.channels = tuple(self.channels)  # accept a list, too
@@ -105,7 +105,7 @@ def beta_schedule(schedule, timesteps):
         # For small β, ᾱ_T is about exp(-Σ β_t); 1000/T keeps that sum. Large β make ᾱ_T smaller still.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
-        # Eq. 17: ᾱ_t = f(t) / f(0),  f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
+        # Their Eq. 17: ᾱ_t = f(t) / f(0), f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
         # The linear schedule spends many steps on images that are almost pure noise. Here, ᾱ falls evenly in the middle
         # and slowly at both ends. Without the offset 0.008, the authors found, the first noise is too faint to predict.
         t_over_T = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -113,7 +113,7 @@ def beta_schedule(schedule, timesteps):
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise ValueError(f"no schedule is called {schedule!r}: choose from {SCHEDULES}")
-    # β_T = 1 (cosine) would make ᾱ_T 0, and sampling divides by √ᾱ_T. In almost pure noise a large β does no harm.
+    # β_T ≥ 1 (cosine; linear with few steps) would make ᾱ_T ≤ 0, and sampling divides by √ᾱ_T.
     return betas.clamp(max=0.999)
 
 
@@ -155,9 +155,9 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # Input: a noisy image, the step t and the class y. Output: the noise in the image. (The last layer gives a tensor v,
-# and a fixed formula turns v into the noise; it is explained above class UNet.) The network needs to see the whole (is
-# this going to be a three?) and every single pixel. On the way down, it halves the image at each level and doubles the
-# channels, to see the whole. On the way up, it returns to full size. Skip connections hand the details across.
+# and a fixed formula turns v into the noise; both are explained above class UNet.) The network needs to see the whole
+# (is this going to be a three?) and every single pixel. On the way down, to see the whole, it halves the image three
+# times and doubles the channels. On the way up, it returns to full size. Skip connections hand the details across.
 #
 #     x_t (1, 28, 28)                                               v (1, 28, 28), from which eps_hat follows
 #         │ conv_in                                                                     ▲ conv_out
@@ -205,7 +205,7 @@ def zero_init(layer):
 
 
 def group_norm(channels):
-    """Group normalization with eight groups, or with 4, 2 or 1 where eight do not divide the channels.
+    """Group normalization with eight groups, or with 4, 2 or 1 where eight does not divide the channels.
 
     Unlike BatchNorm, it normalizes each image by itself. A batch mixes images with little and with much noise, and the
     batch's statistics would depend on which t happen to be in it.
@@ -218,7 +218,7 @@ class ResBlock(nn.Module):
 
     One nn.Linear projects the embedding of t, another that of y. Their sum is a scale and a shift for each channel: the
     adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has its own
-    projections, so it can amplify or damp its own features, depending on the noise level and on the digit. (Dhariwal &
+    projections, so it can amplify or damp its own features, depending on the noise level and on the class. (Dhariwal &
     Nichol project the sum of the embeddings. With two projections, t and y do not share weights.)
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
@@ -280,10 +280,10 @@ class Attention(nn.Module):
 # The left column rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right column rotates
 # it back; its first line is how UNet computes ε. Why v? It is roughly what x_t does not show: about ε at small t, where
 # x_t is almost x_0, and about -x_0 at large t, where x_t is almost ε. A network that predicts ε at large t has to copy
-# x_t almost exactly; only its tiny deviation tells of the image.
+# x_t almost exactly; only the tiny difference tells of the image.
 #
-# This tames errors, too. By the right column, an error δ of v is an error √ᾱ_t δ of ε and √(1-ᾱ_t) δ of x̂_0: never more
-# than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
+# This tames errors, too. By the right column, an error of size δ in v is one of √ᾱ_t δ in ε and of √(1-ᾱ_t) δ in x̂_0:
+# never more than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
 
 
 class UNet(nn.Module):
@@ -382,7 +382,7 @@ class UNet(nn.Module):
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
 # (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
 # half way between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small
-# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (with a simpler section 9; see README.md).
+# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (with uniform t; see README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -455,7 +455,7 @@ def predict_x_0(x_t, eps_hat, alpha_bar):
     """The clean image that x_t and its predicted noise imply, clipped to [-1, 1]: x_0_hat (Ho et al. 2020, Eq. 15).
 
     x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). The mean of all possible x_0 lies in [-1, 1], as all
-    of them do, so clipping only removes errors, and what guidance (section 7) adds beyond.
+    of them do, so clipping only removes errors, and the excess of guidance (section 7).
     """
     # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
     x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
@@ -482,11 +482,11 @@ def posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
 
 @torch.no_grad()
 def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
-    """Algorithm 2 of Ho et al. 2020, with the class y: a generator that yields (x_{t-1}, x_0_hat) after each step.
+    """Algorithm 2 of Ho et al. 2020, with the class y: a generator that yields (x_t, x_0_hat) after each step.
 
     model is a UNet, or any function from (x_t, t, y) to eps_hat; x_T (B, C, H, W) is standard normal; y (B,);
     alphas_cumprod (T,) in float64, since 1 - ᾱ_t/ᾱ_{t-1} is tiny at small t; randn_like(x) returns standard normal
-    noise like x. In the last pair, x_{t-1} is the finished image.
+    noise like x. The last x_t is the finished image.
     """
     alpha_bars = alphas_cumprod.tolist()
     x_t = x_T
@@ -708,9 +708,9 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
 
     labels             (N,) integers, a list or a tensor
     steps              at least 1; more than T count as T
-    eta                in [0, 1], the share of fresh noise; with 1 and T steps this is Algorithm 2, else DDIM
-    guidance           S >= 0; 1 is none
-    guidance_interval  two shares of T, between which an S above 1 applies
+    eta                in [0, 1], scales the fresh noise; with 1 and T steps this is Algorithm 2, else DDIM
+    guidance           S >= 0; 1 turns it off
+    guidance_interval  (low, high), the shares of T between which an S above 1 applies
     seeds              N integers, by default 0..N-1
     x_T                (N or 1, C, H, W), the noise to start from, by default drawn from the seeds
 
@@ -738,13 +738,13 @@ def sample(model, labels, **options):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Running backwards: your handwriting
+# 8. Inversion: your handwriting
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# With η = 0 nothing is random on the way from noise to image. So it can also be walked backwards,
-# from an image up to the noise that would become it (Song et al. 2020, section 4.3). That noise
-# holds what the class does not say: the slant and the width of the digit, the weight of the stroke.
-# Sampled with another label, it gives another digit in the same hand.
+# With η = 0 nothing is random on the way from noise to image. So it can also be walked the other
+# way, from an image up to the noise that would become it (Song et al. 2020, section 4.3). That
+# noise holds what the class does not say: the slant and the width of the digit, the weight of the
+# stroke. Sampled with another label, it gives another digit in the same hand.
 #
 # But in a perfectly clean image the network finds no noise, so there is nothing to carry upwards,
 # and the result is far from the pure noise that a sampler expects. The image therefore first gets
@@ -790,26 +790,20 @@ def invert(model, x_0, labels, steps=STEPS):
 #
 # train_step is one step of Algorithm 1 with five changes: other steps t, an optimizer for
 # convolutions, a learning rate that rises and falls, averaged weights and bfloat16 (section 7).
-# From the second epoch on, the training loss falls slowly (small network, Fashion-MNIST: 0.061 in
-# the second, 0.048 in the thirtieth), because it has a floor: many clean images could have become
-# the same noisy one, so no network can know the noise exactly. Close to the floor, gains that look
-# small in the loss are still visible in the images.
 #
 # The steps t. Algorithm 1 draws t uniformly, but some steps teach less than others: below 0.1 T,
 # x_0 is plain to see in x_t, and above 0.65 T, where ᾱ_t < 0.014, little of it is left. Training
-# draws the steps between these two more often. Here, t/T is the second smallest of four uniform
-# draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
-# unguided images, drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower
-# is better). Weighting alone does not do it. Uniform draws, with the loss times the density of
-# Beta(2, 3), have the same mean gradient, but gave 0.316, against 0.246 with the draws (both with
-# weight decay): they spend more images where little can be learned. Late steps are drawn seldom;
-# their weight 1/√ᾱ_t (section 4) makes up for a part of it. Esser et al. 2024 (arXiv 2403.03206),
-# for similar models of large images, draw the middle more often, too.
+# draws those in between more often. Here, t/T is the second smallest of four uniform draws, which
+# has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of unguided images,
+# drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower is better).
+# Weighting the loss in the same way does not do it (README.md). Late steps are drawn seldom; their
+# weight 1/√ᾱ_t (section 4) makes up for a part of it. Esser et al. 2024 (arXiv 2403.03206), for
+# similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
 # a FID of 0.390 instead of 0.128 (guided, uniform t, no weight decay). Everything else is left to
-# AdamW: first and last convolution, nn.Linear, norms, biases, the embedding of the class.
+# AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of the class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
 # unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
@@ -831,7 +825,7 @@ def learning_rate(step, total_steps):
     warmup = min(500, max(1, total_steps // 20))
     if step < warmup:
         return (step + 1) / warmup
-    decayed = (step - warmup) / (total_steps - warmup)  # 0..1
+    decayed = (step - warmup) / (total_steps - warmup)  # in [0, 1)
     return 0.5 * (1 + math.cos(math.pi * decayed))
 
 
@@ -871,7 +865,7 @@ def orthogonalized(matrix):
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has the same
     singular vectors as X, and the cubes of the singular values. Three steps bring those above 0.03 to about 0.7 to
-    1.2, and make smaller ones up to 40 times as large (3.4445³). The coefficients are Jordan's, who takes five steps;
+    1.2, and make smaller ones up to 41 times as large (3.4445³). The coefficients are Jordan's, who takes five steps;
     three cost less.
     """
     # Divided by its norm, it has no singular value above 1. 1e-7 avoids 0/0: in the first step, a
@@ -980,7 +974,7 @@ def say(text, stream=None):
     try:
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:  # the stream's encoding lacks a character
-        say(ascii(text), stream)
+        say(text.encode("ascii", "backslashreplace").decode(), stream)
     except Exception:
         pass  # the stream is closed, or its disk is full, or it is no proper stream
 
@@ -1048,7 +1042,7 @@ def load_dataset(name, data_dir, train=True):
 
 
 # Files. A run leaves two files that can be loaded again. weights.pt is for sampling: the averaged
-# weights in half precision, and the Config. checkpoint.pt is for resuming. It needs all that it
+# weights as float16, and the Config. checkpoint.pt is for resuming. It needs all that it
 # holds: without the optimizers' averages, the next steps would have wrong directions and lengths;
 # without the trained weights, training would go on from the averaged ones; without the averaged
 # weights, the average would start anew; without the step number, so would the learning rate and the
@@ -1071,7 +1065,7 @@ def replacing(path):
         if path.is_dir():
             raise ValueError("it is a folder")
         temporary.touch()
-        temporary.unlink()  # again, since a killed command would leave it behind
+        temporary.unlink()  # a killed command would leave it behind
     try:
         file = io.BytesIO()
         yield file
@@ -1299,7 +1293,7 @@ class Run:
             self.loss_sum.fill_(saved["loss_sum"])
 
     def write_outputs(self, out, sample_every):
-        """Writes weights.pt, log.csv and, when an epoch is complete, samples_EPOCH.png. Raises UserError."""
+        """Writes weights.pt, log.csv and, when it is due, samples_EPOCH.png. Raises UserError."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
         weights = {name: tensor.half() for name, tensor in self.ema.state_dict().items()}
         save({"config": asdict(self.config), "weights": weights}, out / "weights.pt")
@@ -1344,7 +1338,7 @@ def join_processes(device, rank, processes):
     """Joins the processes that torchrun started, waits for all, and returns this one's device."""
     if processes == 1:
         return device
-    with explained("WORLD_SIZE is set, but not all processes were found: start them with torchrun"):
+    with explained("cannot join the other processes: use torchrun, on CPUs or one GPU each"):
         backend = "gloo"
         if device.type == "cuda":
             backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1518,7 +1512,7 @@ def judge(classifier, images):
 
 
 def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """FID: the squared Fréchet distance of two Gaussians with means (D,) and covariances (D, D), float64."""
+    """FID: the squared Fréchet distance of two Gaussians with means (n,) and covariances (n, n), float64."""
     # Heusel et al.: d² = ‖μ_1 - μ_2‖² + Tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½). The trace of a square root
     # is the sum of the square roots of the eigenvalues. They are real and not negative, except for
     # rounding.
@@ -1652,7 +1646,7 @@ def class_number(name, classes):
 def read_hand(model, args):
     """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError."""
     name, classes = model.config.dataset, model.config.classes
-    if args.like_label is None or model.config.image_channels != 1:
+    if args.like is None or args.like_label is None or model.config.image_channels != 1:
         raise UserError("--like needs --like-label, the digit it shows, and a model of grey images")
     number = class_number(args.like_label, classes)
     x_0 = read_digit(args.like, model.config.image_size)
@@ -1683,7 +1677,7 @@ def sample_command(args):
         raise UserError("--out takes a .png file or a folder")
     if args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
         raise UserError(f"--gif takes a .gif file and at most {BATCH} images")
-    x_T = read_hand(model, args) if args.like else None
+    x_T = read_hand(model, args) if args.like or args.like_label else None
     if folder:
         with explained(f"cannot write into {args.out}"):
             args.out.mkdir(parents=True, exist_ok=True)

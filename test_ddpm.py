@@ -159,20 +159,7 @@ def test_any_number_of_steps(schedule, timesteps):
     betas = ddpm.beta_schedule(schedule, timesteps)
     assert betas.dtype == torch.float64 and betas.shape == (timesteps,)
     assert 0 < betas.min() and betas.max() <= 0.999
-    alphas_cumprod = ddpm.cumulative_alphas(tiny(schedule=schedule, timesteps=timesteps))
-    close(alphas_cumprod, alpha_bars(timesteps, schedule)[:-1])
-    assert timesteps < 10 or alphas_cumprod[-1] < 1e-4
-
-
-def test_rest_of_the_image_at_full_noise():
-    """With the linear schedule and T = 1000, the image enters x_T with the factor 0.006."""
-    assert f"{math.sqrt(ddpm.cumulative_alphas(ddpm.Config())[-1]):.3f}" == "0.006"
-
-
-def test_unknown_schedule():
-    """A name that is no schedule is a ValueError, which says the name."""
-    with pytest.raises(ValueError, match="quadratic"):
-        ddpm.beta_schedule("quadratic", 10)
+    assert timesteps < 10 or alpha_bars(timesteps, schedule)[-2] < 1e-4
 
 
 # === 2. The forward process ===========================================================================================
@@ -315,14 +302,13 @@ def oracle(x_0):
 
 
 def test_loss_by_hand():
-    """The loss is L_simple with the weight 1/√ᾱ_t, and equals the squared error of v with the weight √ᾱ_t."""
+    """L_simple with the weight 1/√ᾱ_t equals the squared error of v with the weight √ᾱ_t."""
     torch.manual_seed(0)
     x_0, model = normal(64, 2, 4, 4).clamp(-1, 1), Fake(lambda x_t, t, y: x_t.sin())
     loss = ddpm.ddpm_loss(model, x_0, torch.arange(64) % 10)
     x_t, t, _ = model.asked[0]
     bar = model.alphas_cumprod[t].view(-1, 1, 1, 1)
     eps, eps_hat = noise_in(x_t, x_0, t, model.alphas_cumprod), x_t.sin()
-    close(loss, ((eps - eps_hat) ** 2 / bar**0.5).mean())
     v = bar**0.5 * eps - (1 - bar) ** 0.5 * x_0
     v_hat = (eps_hat - (1 - bar) ** 0.5 * x_t) / bar**0.5
     close(loss, (bar**0.5 * (v - v_hat) ** 2).mean())
@@ -393,15 +379,6 @@ def test_eq_11_is_eq_7(t):
     beta = ddpm.beta_schedule("linear", T)[t].item()
     eq_11 = (x_t - beta / (1 - bar) ** 0.5 * eps) / (1 - beta) ** 0.5
     close(ddpm.posterior(x_0_hat, x_t, bar, bar_prev)[0], eq_11)
-
-
-def test_predicted_image():
-    """From the true noise Eq. 15 finds the image that Eq. 4 began with, clipped to [-1, 1]."""
-    x_0, eps = normal(5, 1, 8, 8, seed=1), normal(5, 1, 8, 8, seed=2)
-    assert x_0.abs().max() > 2
-    for t in 0, 20, T - 1:
-        x_t = ddpm.q_sample(x_0, torch.full((5,), t), eps, ALPHAS_CUMPROD)
-        close(ddpm.predict_x_0(x_t, eps, BARS[t]), x_0.clamp(-1, 1))
 
 
 def test_algorithm_2_finds_the_image_of_an_oracle():
@@ -518,8 +495,6 @@ def test_each_seed_has_a_stream():
         noise = randn_like(torch.zeros(2, 1, 4, 4))
         for image, stream in zip(noise, streams):
             assert torch.equal(image, torch.randn(1, 4, 4, generator=stream))
-    with pytest.raises(ValueError):  # and there is one for each image
-        ddpm.sample(random_unet(), [3, 8], steps=2, seeds=[5])
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -539,8 +514,6 @@ def test_labels_that_are_no_class(labels):
     """A label outside of the classes is a ValueError, and so is "no class"."""
     with pytest.raises(ValueError, match="labels"):
         ddpm.sample(Fake(wild), labels)
-    with pytest.raises(ValueError):
-        ddpm.invert(Fake(wild), normal(len(labels), 1, 8, 8), labels)
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -568,28 +541,18 @@ def test_default_dtype(float32):
     close(x_0, expected, 1e-3)
 
 
-@pytest.mark.parametrize("eta, steps, name", [
-    (1, T, "ddpm"), (1, T + 5, "ddpm"), (1, T - 1, "ddim"), (0.9, T, "ddim")
-])  # fmt: skip
-def test_which_sampler(monkeypatch, eta, steps, name):
-    """With η = 1 and T steps the sampler is Algorithm 2, otherwise DDIM."""
-    monkeypatch.setattr(ddpm, f"{name}_sampler", lambda *args: [name])
-    assert ddpm.sample_steps(Fake(wild), [3], steps, eta) == [name]
-
-
-# === 8. Running backwards: your handwriting ===========================================================================
+# === 8. Inversion: your handwriting ===================================================================================
 
 
 def test_inversion_closed_form():
-    """If the network finds the same noise everywhere, x_T is Eq. 4 for that noise, and sampling returns the image."""
-    x_0 = normal(2, 1, 4, 4, seed=1).clamp(-1, 1)
+    """If the network finds the same noise everywhere, x_T is Eq. 4 for that noise; nothing is clipped."""
+    x_0 = 2 * normal(2, 1, 4, 4, seed=1)
     eps = torch.stack([normal(1, 4, 4, seed=seed) for seed in (0, 1)])  # what the first step adds
     model, bar = Fake(lambda x_t, t, y: eps), BARS[T - 1]
     x_T = ddpm.invert(model, x_0, [3, 4], steps=5)
     close(x_T, bar**0.5 * x_0 + (1 - bar) ** 0.5 * eps)
     assert [t.tolist() for _, t, _ in model.asked] == [[t, t] for t in (14, 24, 34, 44)]
     assert all(y.tolist() == [3, 4] for _, _, y in model.asked)
-    close(ddpm.sample(model, [3, 4], steps=5, guidance=1, x_T=x_T), x_0)
 
 
 def test_inversion_of_a_network(float32):
@@ -635,8 +598,10 @@ def three_times_p(matrix):
 def test_orthogonalized(monkeypatch, shape, bfloat16, tolerance):
     """Each singular value becomes p(p(p(s))), and the singular vectors stay; a zero matrix stays zero."""
     monkeypatch.setattr(ddpm, "has_bfloat16", lambda device: bfloat16)
-    matrix = normal(*shape)
-    close(ddpm.orthogonalized(matrix).double(), three_times_p(matrix.numpy()), tolerance)
+    matrix = normal(*shape).float()
+    result = ddpm.orthogonalized(matrix)
+    assert result.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    close(result.double(), three_times_p(matrix.numpy()), tolerance)
     assert not ddpm.orthogonalized(0 * matrix).any()
 
 
@@ -714,6 +679,8 @@ def test_train_step():
     for old, new, average in zip(before.parameters(), model.parameters(), ema.parameters()):
         close(average.data, (old.data + new.data) / 2, 1e-6)
         assert new.grad is None and (new - old).abs().max() > 1e-4
+    # AdamW's first step is as long as its rate:
+    assert (model.conv_in.weight - before.conv_in.weight).abs().max().item() == pytest.approx(0.001, 0.1)
     _, t, y = seen
     assert (y == model.no_class).all()
     # The distribution function of Beta(2, 3) at s is 6 s² - 8 s³ + 3 s⁴: here, at 0.2, 0.5 and 0.8.
@@ -830,25 +797,16 @@ def test_what_a_code_page_lacks_is_escaped(encoding):
     """A line with a character that the stream cannot show is shown with that character escaped."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     ddpm.say("written: ᾱ.png", stream)
-    assert "written: \\u1fb1.png" in stream.buffer.getvalue().decode(encoding)
+    assert stream.buffer.getvalue().decode(encoding).strip() == "written: \\u1fb1.png"
 
 
 def test_sample_needs_no_stdout(finished):
-    """sample writes its picture and succeeds when stdout is closed, full or a pipe that nobody reads."""
+    """sample writes its picture and succeeds when the disk behind stdout is full."""
     command = f"{shlex.quote(sys.executable)} {ddpm.__file__} sample --device cpu --steps 2 --label 3 "
-    command += f"--checkpoint {finished / 'weights.pt'} --out"
-    reader, pipe = os.pipe()
-    os.close(reader)
-    ends = {"closed.png >&-": None, "full.png >/dev/full": None, "pipe.png": pipe}
-    processes = [
-        subprocess.Popen(f"{command} {end}", shell=True, stdout=stdout, stderr=subprocess.PIPE)
-        for end, stdout in ends.items()
-    ]
-    os.close(pipe)
-    for process in processes:
-        _, error = process.communicate()
-        assert process.returncode == 0 and error == b""
-    assert [Image.open(end.split()[0]).size for end in ends] == [(118, 118)] * 3
+    command += f"--checkpoint {finished / 'weights.pt'} >/dev/full"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b""
+    assert Image.open("samples.png").size == (118, 118)
 
 
 # === 10. Data, checkpoints, images ====================================================================================
@@ -882,7 +840,6 @@ DAMAGES = {
     "cut short": lambda images, labels: images.write_bytes(images.read_bytes()[:-1000]),
     "a label too few": lambda images, labels: write_idx(labels, np.zeros(69, np.uint8)),
     "label out of range": lambda images, labels: write_idx(labels, np.full(70, 10, np.uint8)),
-    "other size": lambda images, labels: write_idx(images, np.zeros((70, 32, 32), np.uint8)),
     "missing": lambda images, labels: images.unlink(),
 }
 
@@ -1085,7 +1042,6 @@ PICTURES = {
     "black, transparent": lambda: transparent("black").save("digit.png"),
     "white, transparent": lambda: transparent("white").save("digit.png"),
     "16 bits": lambda: deep(np.uint16, 257).save("digit.png"),
-    "32 bits": lambda: deep(np.int32, 60000).save("digit.tif"),
     "floats": lambda: deep(np.float32, 1 / 255).save("digit.tif"),
     "turned": turned_by_the_camera,
 }
@@ -1214,7 +1170,7 @@ def test_ignored_signals_stay_ignored(data, monkeypatch):
 
 
 def test_every_image_once_an_epoch(data, monkeypatch):
-    """Each epoch shows every image once, in another order, with other noise; its loss is the mean of its steps."""
+    """Each epoch, and each seed, has every image once, in its own order, with its own noise; the loss is a mean."""
     seen, noise = [], set()
 
     def rows(images, labels):
@@ -1227,12 +1183,13 @@ def test_every_image_once_an_epoch(data, monkeypatch):
 
     monkeypatch.setattr(ddpm, "train_step", watched)
     assert train(data, "--epochs", 2, "--batch-size", 14) == 0
+    assert train(data, "--epochs", 1, "--batch-size", 14, "--seed", 1, "--out", "other") == 0
     everything = rows(*ddpm.load_dataset("mnist", data)).unique(dim=0)
-    first, second = torch.cat(seen).chunk(2)
-    assert len(everything) == 70 and not torch.equal(first, second)
-    for epoch in first, second:
-        assert torch.equal(epoch.unique(dim=0), everything)
-    assert len(noise) == 10
+    first, second, third = torch.cat(seen).chunk(3)
+    assert len(everything) == 70
+    for epoch, other in (first, second), (second, third), (third, first):
+        assert torch.equal(epoch.unique(dim=0), everything) and not torch.equal(epoch, other)
+    assert len(noise) == 15
     assert [float(line.split(",")[2]) for line in log(Path("runs/mnist"))[1:]] == [2, 7]
 
 
@@ -1259,7 +1216,6 @@ def test_a_run_goes_on(data, finished, tmp_path):
 
 
 OTHERWISE = {
-    "not resumed": ([], "--resume"),
     "other options": (["--resume", "--lr", "0.5"], "options"),
     "other data": (["--resume", "--data-dir", "others"], "other images"),
     "fewer epochs": (["--resume", "--epochs", "3"], "more than --epochs"),
@@ -1274,16 +1230,6 @@ def test_a_run_is_not_lost(data, finished, capsys, case):
     write_mnist(Path("others"), seed=1)
     assert word in error_of(capsys, "train", "--data-dir", data, "--out", folder, *FLAGS, *flags)
     assert (folder / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
-
-
-def test_a_folder_belongs_to_one_run():
-    """A folder with anything in it is refused."""
-    folder = Path("new/run")
-    ddpm.claim(folder)
-    ddpm.claim(folder)  # a run that never came to its first save
-    (folder / "log.csv").touch()
-    with pytest.raises(ddpm.UserError, match="--resume"):
-        ddpm.claim(folder)
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "log.csv", "samples_002.png"])
@@ -1317,6 +1263,17 @@ def test_a_run_that_diverges(data, finished, monkeypatch, capsys):
     assert "--lr" in error_of(capsys, "train", *flags)
     for name, part in ("weights.pt", "weights"), ("checkpoint.pt", "parts"):
         assert same(ddpm.load(folder / name)[part], ddpm.load(finished / name)[part])
+
+
+def test_shares_of_a_batch(data):
+    """Two processes get the two halves of a batch, and each draws its own noise."""
+    run = ddpm.Run(tiny(batch_size=16), *ddpm.load_dataset("mnist", data), torch.device("cpu"))
+    whole, halves, noise = run.batch(0, 1)[0], [], []
+    for rank in 0, 1:
+        halves.append(run.batch(rank, 2)[0])
+        noise.append(torch.randn(()))
+    assert len(halves[0]) == 8 and noise[0] != noise[1]
+    assert torch.equal(torch.cat(halves).unique(dim=0), whole.unique(dim=0))
 
 
 WITHOUT_RANDOMNESS = """
@@ -1422,6 +1379,17 @@ def test_shipped_classifier():
     assert mean.shape == (64,) and cov.shape == (64, 64)
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_shipped_weights(name):
+    """They fit the network, and most of what they draw can be read (digits only: the other classifier is not shipped)."""
+    model = ddpm.load_model(ddpm.ASSETS / f"{name}.pt")
+    assert model.config.dataset == name
+    classifier, _, _ = ddpm.load_classifier("mnist", "nowhere", "cpu")
+    probabilities, _ = ddpm.judge(classifier, ddpm.to_bytes(ddpm.sample(model, list(range(10)))))
+    right = (probabilities.argmax(dim=1) == torch.arange(10)).sum()
+    assert right >= 9 or name == "fashion-mnist"
+
+
 @pytest.fixture
 def fashion(monkeypatch):
     """Two kinds of clothes, bright in the upper or in the lower half, weights for them, and empty assets."""
@@ -1456,20 +1424,23 @@ def test_a_missing_classifier_is_trained_and_kept(fashion, capsys):
 ROW = r"(\d+) (samples|test images) +label accuracy ([\d.]+)%  FID ([\d.]+)  Inception Score ([\d.]+)\n"
 
 
-def test_evaluate(fashion, monkeypatch, capsys):
-    """Real images, drawn as samples with the options given, get good numbers; the others are chosen at random."""
+@pytest.mark.parametrize("good", [True, False])
+def test_evaluate(fashion, monkeypatch, capsys, good):
+    """Real images as samples get good numbers, one class alone bad ones; the options given are those used."""
+    ddpm.load_classifier("fashion-mnist", "data", "cpu")
+    blank = np.zeros((300, 28, 28), np.uint8)  # the training images, which nothing may read from now on
+    write_idx(Path("data/FashionMNIST/raw/train-images-idx3-ubyte"), blank)
     test_images, test_labels = ddpm.load_dataset("fashion-mnist", "data", train=False)
     asked, numbers, given = [], [], {}
 
-    def perfect(model, labels, seeds, x_T, **options):
-        """Draws real images of the labels asked for."""
+    def draw(model, labels, seeds, x_T, **options):
         asked.extend(labels)
         numbers.extend(seeds)
         given.update(options)
-        drawn = [test_images[test_labels == label][seed % 7] for label, seed in zip(labels, seeds)]
+        drawn = [test_images[test_labels == label * good][seed % 7] for label, seed in zip(labels, seeds)]
         return ddpm.from_bytes(torch.stack(drawn))
 
-    monkeypatch.setattr(ddpm, "sample", perfect)
+    monkeypatch.setattr(ddpm, "sample", draw)
     monkeypatch.setattr(ddpm, "BATCH", 32)
     flags = "--count 100 --device cpu --seed 2 --steps 9 --eta 0.5 --guidance 3 --guidance-interval 0 1"
     assert run("evaluate", "--checkpoint", "weights.pt", *flags.split()) == 0
@@ -1477,8 +1448,8 @@ def test_evaluate(fashion, monkeypatch, capsys):
     assert given == {"steps": 9, "eta": 0.5, "guidance": 3, "guidance_interval": [0, 1]}
     rows = re.findall(ROW, capsys.readouterr().out)
     assert [row[:2] for row in rows] == [("100", "samples"), ("100", "test images")]
-    for _, _, accuracy, fid, score in rows:
-        assert float(accuracy) > 95 and float(fid) < 1 and 1 < float(score) <= 2.1
+    for (_, _, accuracy, fid, score), well in zip(rows, (good, True)):
+        assert well == (float(accuracy) > 95) == (float(fid) < 1) == (float(score) > 1.05)
     assert asked != [0, 1] * 50 and 30 < sum(asked) < 70  # in the files, the two alternate
 
 
@@ -1547,18 +1518,20 @@ def test_one_picture_or_a_folder(weights, capsys, monkeypatch):
     assert np.abs(twos[0] - twos[1]).max() <= 1 < np.abs(twos[0] - twos[2]).max()
 
 
-@pytest.mark.parametrize("labels", [["--label", 1, 2], ["--label", 3, "--count", 5]])
-def test_film(weights, labels):
-    """A film has a frame for each step, and the last one shows above and below what the picture shows."""
-    assert sample(*labels, "--gif", "films/film.gif", "--steps", 7) == 0
+@pytest.mark.parametrize("flags, labels, seeds, columns", [
+    (["--label", 1, 2], [1, 2], [0, 0], 2), (["--label", 3, "--count", 5], [3] * 5, range(5), 3)
+])  # fmt: skip
+def test_film(weights, flags, labels, seeds, columns):
+    """A film has a frame for each step, x_t above and x̂_0 below."""
+    assert sample(*flags, "--gif", "films/film.gif", "--steps", 7) == 0
+    pairs = list(ddpm.sample_steps(weights, labels, steps=7, seeds=seeds))
     with Image.open("films/film.gif") as film:
         assert film.n_frames == 7
-        above, below = np.split(np.asarray(film), 2)
-        assert (above != below).any()
-        film.seek(6)
-        frame = np.asarray(film.convert("L"))[1::3, 1::3].astype(int)
-    for half in np.split(frame, 2):
-        assert np.abs(half - pixels("samples.png")).max() <= 8  # a GIF has few shades of grey
+        for i, pair in enumerate(pairs):
+            film.seek(i)
+            frame = np.asarray(film.convert("L"))[1::3, 1::3].astype(int)
+            expected = np.vstack([ddpm.to_image(x, columns) for x in pair])
+            assert np.abs(frame - expected).max() <= 8  # a GIF has few shades of grey
 
 
 def test_handwriting(weights, capsys):
@@ -1617,6 +1590,7 @@ MUST_FAIL = """
 1 sample --gif file/film.gif
 1 sample --gif film.gif --count 300
 1 sample --like hand.png
+1 sample --like-label 4
 1 sample --like hand.png --like-label 12
 1 sample --like file --like-label 4
 1 sample --like blank.png --like-label 4
@@ -1630,6 +1604,20 @@ MUST_FAIL = """
 1 evaluate --data-dir file
 1 evaluate --checkpoint unknown.pt
 """
+
+
+@pytest.mark.parametrize("command", ddpm.COMMANDS)
+def test_help(command):
+    """Each command explains itself."""
+    with pytest.raises(SystemExit, match="0"):
+        run(command, "--help")
+
+
+def test_flags_of_train():
+    """Each flag of train is a field of Config, or one of these."""
+    flags = vars(ddpm.make_parser().parse_args(["train"])).keys()
+    others = "function device data_dir out sample_every resume compile"
+    assert flags - asdict(ddpm.Config()).keys() == set(others.split())
 
 
 def everything():
