@@ -9,7 +9,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
     Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
     Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image a prediction implies     section 5
-    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back (μ̃_t and β̃_t: Eq. 7)       section 5
+    Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, x̂_0 in place of x_0       section 5
 
 "Eq." and "Algorithm" without an author are those of Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models"
 (arXiv 2006.11239). The names, with shapes for a batch of B images with C channels, height H and width W:
@@ -19,10 +19,10 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     x_0_hat         x̂_0, the clean image that x_t and eps_hat imply                                   (B, C, H, W)
     t, T            index of a noising step; number of steps                                          (B,) or an integer
     betas           β_t, variance of the noise that step t adds; α_t = 1-β_t                          (T,)
-    alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t, the share of x_0's variance that is left in x_t            (T,)
+    alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t; in x_t, the image x_0 is scaled by √ᾱ_t                   (T,)
 
 The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Equations, and comments on
-them, count as in the paper. x_0 is always the clean image.
+them, number the steps as in the paper. x_0 is always the clean image.
 
     python ddpm.py sample --label 3      draw threes, with your newest weights or those in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
@@ -57,7 +57,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); not a choice: loading checks it
+    prediction: str = "v"  # what the last layer predicts (section 3); fixed, so that other weights are refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
@@ -86,8 +86,8 @@ class Config:
 # (Sohl-Dickstein et al. 2015, arXiv 1503.03585), which is easy to draw from; the reverse of a large step is not. A
 # large step backwards would have to choose between different images, whereas a small one only has to nudge.
 #
-# The quantity to watch is ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t. It is the share of the image's variance that is
-# left after t steps (Eq. 4, next section). It has to fall from almost 1 to almost 0. Sampling starts from pure noise,
+# The quantity to watch is ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t. After t steps, the image is left scaled by √ᾱ_t,
+# its variance by ᾱ_t (Eq. 4, next section). ᾱ_t has to fall from almost 1 to almost 0. Sampling starts from pure noise,
 # which holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and T = 1000, the
 # image enters x_T with the factor √ᾱ_T = 0.0064.
 
@@ -193,11 +193,10 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    Each block of the U-Net adds the output of its layers to its input. With its last layer at zero it adds nothing at
-    first: it begins as the identity, through which signal and gradient pass unchanged, and learns what to add. This
-    holds for the encoder, the middle and the attention. In the decoder, the input has too many channels to be added; a
-    1x1 convolution, the block's shortcut, reduces them, and the block begins as this convolution. The network's last
-    layer begins at zero, too, so its first prediction is v = 0.
+    The blocks below add the output of their layers to their input. With its last layer at zero, a block adds nothing at
+    first: it begins as the identity, through which signal and gradient pass unchanged, and learns what to add. (In the
+    decoder, it begins as a 1x1 convolution, which reduces the channels.) The network's last layer begins at zero, too,
+    so its first prediction is v = 0.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -207,8 +206,8 @@ def zero_init(layer):
 def group_norm(channels):
     """Group normalization with eight groups, or with 4, 2 or 1 where eight does not divide the channels.
 
-    Unlike BatchNorm, it normalizes each image by itself. A batch mixes images with little and with much noise, and the
-    batch's statistics would depend on which t happen to be in it.
+    Unlike BatchNorm, it normalizes each image by itself. A batch mixes images with little and with much noise, so its
+    statistics depend on which t happen to be in it.
     """
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
@@ -216,10 +215,10 @@ def group_norm(channels):
 class ResBlock(nn.Module):
     """Two convolutions whose result is added to their input. The step t and the class y act between the two.
 
-    One nn.Linear projects the embedding of t, another that of y. Their sum is a scale and a shift for each channel: the
-    adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has its own
-    projections, so it can amplify or damp its own features, depending on the noise level and on the class. (Dhariwal &
-    Nichol project the sum of the embeddings. With two projections, t and y do not share weights.)
+    One nn.Linear projects the embedding of t, another that of y. The sum of the outputs is a scale and a shift for each
+    channel: the adaptive group normalization of Dhariwal & Nichol 2021 (arXiv 2105.05233, section 3). Each block has
+    its own projections, so it can amplify or damp its own features, depending on the noise level and on the class.
+    (Dhariwal & Nichol project the sum of the embeddings. With two projections, t and y do not share weights.)
 
     forward: x (B, in_channels, H, W), t_emb (B, D), y_emb (B, D) -> (B, out_channels, H, W).
     """
@@ -239,8 +238,7 @@ class ResBlock(nn.Module):
     def forward(self, x, t_emb, y_emb):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
         scale_and_shift = self.time_proj(t_emb) + self.class_proj(y_emb)  # (B, 2·out)
-        # The same at each pixel:
-        scale_and_shift = scale_and_shift[:, :, None, None]  # (B, 2·out, 1, 1)
+        scale_and_shift = scale_and_shift[:, :, None, None]  # (B, 2·out, 1, 1), the same at each pixel
         scale, shift = scale_and_shift.chunk(2, dim=1)  # each (B, out, 1, 1)
         h = self.norm2(h) * (1 + scale) + shift  # 1 + scale, so that 0 means no change
         h = self.conv2(F.silu(h))
@@ -250,9 +248,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention: each position gathers what it needs from all others (Vaswani et al. 2017).
 
-    A linear layer gives each position a query, a key and a value. A position takes the mean of all values, weighted by
-    how well its query fits their keys. A 3x3 convolution sees neighbouring positions only. The price: each position is
-    compared with each. So attention is used only at the bottom: 16² comparisons at 4x4, not 784² at 28x28.
+    A 3x3 convolution sees neighbouring positions only. Here, a linear layer gives each position a query, a key and a
+    value, and a position takes the mean of all values, weighted by how well its query fits their keys. The price: each
+    position is compared with each. So attention is used only at the bottom: 16² comparisons at 4x4, not 784² at 28x28.
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -370,9 +368,10 @@ class UNet(nn.Module):
 #
 # Where does the loss come from? In outline (this can wait until section 5 has been read): a bound on the log-likelihood
 # of the training images is a sum over the steps. All terms but the first and the last measure by the KL divergence how
-# far two Gaussians are apart: the step backwards that would be right if x_0 were known, and the network's. With equal
-# variances, such a term is a weighted squared distance between the means. Eq. 4 turns it into one between ε and ε_θ
-# (Eq. 12). Ho et al. drop these weights, which are largest at small t, and report better images.
+# far two Gaussians are apart: the step backwards that would be right if x_0 were known, and the network's, with x̂_0 in
+# its place. With equal variances, such a term is a weighted squared distance between the means, so between x_0 and
+# x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Dropping the weights, which are largest at small t, gave Ho et
+# al. better images.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -381,26 +380,26 @@ class UNet(nn.Module):
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
 # (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
-# half way between the two. This gave the best images of the three: the FID (section 12; lower is better) of a small
-# network was 0.128, against 0.183 for L_simple and 0.162 for the loss of v (with uniform t; see README.md).
+# half way between the two. With it, images of a small network had the best FID (section 12; lower is better): 0.331,
+# against 0.436 for L_simple and 0.414 for the loss of v (uniform t, unguided; README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
 # 2207.12598, Algorithm 1). Labels are dropped in the loss and not inside the network, as sampling must never drop one.
 
 
-def ddpm_loss(model, x_0, y, class_dropout=0.1, t=None):
+def ddpm_loss(model, x_0, y, t=None):
     """The loss of one batch in Algorithm 1: L_simple (Ho et al. 2020, Eq. 14), weighted by 1/√ᾱ_t.
 
-    x_0 (B, C, H, W) in [-1, 1]; y (B,) classes; class_dropout in [0, 1] is the share of labels that are replaced by "no
-    class"; t (B,) in 0..T-1, drawn uniformly if it is None. Returns a scalar.
+    x_0 (B, C, H, W) in [-1, 1]; y (B,) classes, of which the share config.class_dropout is dropped; t (B,) in 0..T-1,
+    drawn uniformly if it is None. Returns a scalar.
     """
     B, device = len(x_0), x_0.device
     if t is None:
         t = torch.randint(0, model.config.timesteps, (B,), device=device)  # (B,), uniform
     eps = torch.randn_like(x_0)
     x_t = q_sample(x_0, t, eps, model.alphas_cumprod)
-    dropped = torch.rand(B, device=device) < class_dropout  # (B,)
+    dropped = torch.rand(B, device=device) < model.config.class_dropout  # (B,)
     y = torch.where(dropped, model.no_class, y)
     eps_hat = model(x_t, t, y)
     # Eq. 14: L_simple = E ‖ε - ε_θ(x_t, t, y)‖², here divided by the number of values
@@ -434,8 +433,9 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1, t=None):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Around its mean, x_{t-1} is nearly Gaussian (section 1). Its variance, averaged over pixels and x_t, lies between β̃_t
-# and β_t (Ho et al., section 3.2). A step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
+# Given x_t, x_{t-1} is nearly Gaussian (section 1). Its variance, averaged over pixels and x_t, lies between β̃_t and
+# β_t, as that of pixels in [-1, 1] is at most 1 (cf. Ho et al., section 3.2). A step back is a draw from
+# N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -454,8 +454,8 @@ def ddpm_loss(model, x_0, y, class_dropout=0.1, t=None):
 def predict_x_0(x_t, eps_hat, alpha_bar):
     """The clean image that x_t and its predicted noise imply, clipped to [-1, 1]: x_0_hat (Ho et al. 2020, Eq. 15).
 
-    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). The mean of all possible x_0 lies in [-1, 1], as all
-    of them do, so clipping only removes errors, and the excess of guidance (section 7).
+    x_t, eps_hat (B, C, H, W); alpha_bar is ᾱ_t, a float in (0, 1). All possible x_0 lie in [-1, 1], and so does their
+    mean; so clipping removes only errors, and the excess of guidance (section 7).
     """
     # Eq. 15: x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t
     x_0_hat = (x_t - math.sqrt(1 - alpha_bar) * eps_hat) / math.sqrt(alpha_bar)
@@ -509,7 +509,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
 #     for x_0, y in batches:
-#         loss = ddpm_loss(model, x_0, y, config.class_dropout)
+#         loss = ddpm_loss(model, x_0, y)
 #         optimizer.zero_grad()
 #         loss.backward()
 #         optimizer.step()
@@ -530,19 +530,19 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # Algorithm 2 calls the network 1000 times. With DDIM (Song et al. 2020, arXiv 2010.02502), a few
 # dozen calls are enough. In this section, Eq. 12 and Eq. 16 are theirs.
 #
-# Training uses only q(x_t | x_0), the noise level at each t. How one gets from x_t to x_{t-1} plays
-# no part in it. So any update is allowed whose x_{t-1}, given x_0, has the distribution of Eq. 4
-# again: the image scaled by √ᾱ_{t-1}, and noise with a total variance of 1-ᾱ_{t-1}. Nor does "t-1"
-# have to be the neighbour of t; it may be any lower level.
+# Training uses only q(x_t | x_0), and never sees x_t and x_{t-1} together. So any update is allowed
+# whose x_{t-1}, given x_0, has the distribution of Eq. 4 again: the image scaled by √ᾱ_{t-1}, and
+# noise with a total variance of 1-ᾱ_{t-1}. Nor does "t-1" have to be the neighbour of t; it may be
+# any lower level.
 #
 # DDIM takes x̂_0 and noises it again to the lower level. A part of that noise is fresh, with
 # standard deviation σ_t. The rest is the predicted noise, reused:
 #
 #     Eq. 12:  x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
 #
-# If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the two
-# noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. As in section 5, the
-# estimates stand in for the true values.
+# If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the
+# two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
+# stand in for the true values, which costs the less the shorter the step is.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
@@ -552,8 +552,9 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # README.md measures how many are enough.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
-# is 1. At the lowest t before it, noise is still easy to see: with 24 steps, its standard deviation
-# is 0.15. The last step removes it all, since at ᾱ = 1 only x̂_0 is left of Eq. 12.
+# is 1. At the lowest t before it, noise is still easy to see: with 24 steps of the linear schedule,
+# its standard deviation is 0.15. The last step removes it all, since at ᾱ = 1 only x̂_0 is left of
+# Eq. 12.
 
 
 def visited_steps(T, steps):
@@ -613,9 +614,9 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 #
 #     ε_θ(x_t, t, none) = -√(1-ᾱ_t) ∇ log q(x_t)        ε_θ(x_t, t, y) = -√(1-ᾱ_t) ∇ log q(x_t | y)
 #
-# By Bayes' theorem, the second minus the first is -√(1-ᾱ_t) ∇ log q(y | x_t). Sampling subtracts the
-# predicted noise, so it moves along this gradient, and S times as strongly with guidance, in favour
-# of images whose class is certain.
+# By Bayes' theorem, the right one minus the left one is -√(1-ᾱ_t) ∇ log q(y | x_t). Sampling
+# subtracts the predicted noise, so guided sampling follows ∇ log q(x_t) + S ∇ log q(y | x_t). An S
+# above 1 favours images whose class is certain.
 #
 # Guidance is applied only in an interval of t (Kynkäänniemi et al. 2024, arXiv 2404.07724). They
 # found that it harms variety at the noisiest steps and hardly matters at the last ones. Outside the
@@ -629,26 +630,6 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 
 # The defaults, chosen by label accuracy and FID on --seed 0, for assets/mnist.pt.
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 24, 1.7, (0.25, 0.45)  # the interval is in shares of T
-
-
-def has_bfloat16(device):
-    """Whether the device has bfloat16 in hardware: CUDA GPUs from Ampere on, CPUs with AVX512_BF16.
-
-    Convolutions are faster in it. It has the range of float32, but only 8 bits of precision. That is enough inside
-    the network: an error of v does not grow in x_0_hat (section 3).
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def half_precision(device):
-    """A context in which the layers compute in bfloat16, if the device has it.
-
-    The last line of UNet.forward returns float32 all the same, because alphas_cumprod is float32. So the samplers and
-    the loss compute in float32.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def guided(model, scale, interval=GUIDANCE_INTERVAL):
@@ -673,6 +654,26 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
         return eps_uncond + S * (eps_cond - eps_uncond)
 
     return predict
+
+
+def has_bfloat16(device):
+    """Whether the device has bfloat16 in hardware: CUDA GPUs from Ampere on, CPUs with AVX512_BF16.
+
+    Convolutions are faster in it. It has the range of float32, but only 8 bits of precision. That is enough inside
+    the network: an error of v does not grow in x_0_hat (section 3).
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def half_precision(device):
+    """A context in which the layers compute in bfloat16, if the device has it.
+
+    The last line of UNet.forward still returns float32, because alphas_cumprod is float32. So the samplers and the loss
+    compute in float32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def seeded_randn_like(seeds):
@@ -714,11 +715,13 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     seeds              N integers, by default 0..N-1
     x_T                (N or 1, C, H, W), the noise to start from, by default drawn from the seeds
 
-    Raises ValueError for a label outside the classes.
+    Raises ValueError for a label outside the classes, and for guidance of a model trained without label dropping.
     """
     config = model.config
     device = model.alphas_cumprod.device
     y = checked(labels, model)
+    if config.class_dropout == 0 and guidance != 1:
+        raise ValueError("this network has not learned to draw without a class: it needs guidance=1")
     randn_like = seeded_randn_like(range(len(y)) if seeds is None else seeds)
     if x_T is None:
         shape = (len(y), config.image_channels, config.image_size, config.image_size)
@@ -746,14 +749,13 @@ def sample(model, labels, **options):
 # noise holds what the class does not say: the slant and the width of the digit, the weight of the
 # stroke. Sampled with another label, it gives another digit in the same hand.
 #
-# But in a perfectly clean image the network finds no noise, so there is nothing to carry upwards,
-# and the result is far from the pure noise that a sampler expects. The image therefore first gets
-# the noise of the lowest level visited, by Eq. 4. That draw has a fixed seed; it is the only random
-# part.
+# But in a perfectly clean image the network finds almost no noise, so it would stay almost clean on
+# its way up, far from the pure noise that a sampler expects. It therefore first gets the noise of
+# the lowest level visited, by Eq. 4. That draw has a fixed seed; it is the only random part.
 #
 # Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo. Unguided
-# sampling from that noise nearly returns the image. The sample command stays guided, which makes
-# the other digits clearer.
+# sampling from that noise nearly returns the image. The sample command guides all the same, for
+# clearer digits.
 
 
 @torch.no_grad()
@@ -788,22 +790,22 @@ def invert(model, x_0, labels, steps=STEPS):
 # 9. Training well
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# train_step is one step of Algorithm 1 with five changes: other steps t, an optimizer for
+# train_step is one step of Algorithm 1 with five more changes: t drawn unevenly, an optimizer for
 # convolutions, a learning rate that rises and falls, averaged weights and bfloat16 (section 7).
 #
 # The steps t. Algorithm 1 draws t uniformly, but some steps teach less than others: below 0.1 T,
-# x_0 is plain to see in x_t, and above 0.65 T, where ᾱ_t < 0.014, little of it is left. Training
-# draws those in between more often. Here, t/T is the second smallest of four uniform draws, which
-# has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of unguided images,
-# drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower is better).
-# Weighting the loss in the same way does not do it (README.md). Late steps are drawn seldom; their
-# weight 1/√ᾱ_t (section 4) makes up for a part of it. Esser et al. 2024 (arXiv 2403.03206), for
-# similar models of large images, draw the middle more often, too.
+# x_0 is plain to see in x_t, and above 0.65 T little of it is left (linear schedule: ᾱ_t < 0.014).
+# Training draws those in between more often. Here, t/T is the second smallest of four uniform
+# draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
+# unguided images, drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower
+# is better). Weighting the loss in the same way does not do it (README.md). Esser et al. 2024
+# (arXiv 2403.03206), for similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
-# a FID of 0.390 instead of 0.128 (guided, uniform t, no weight decay). Everything else is left to
-# AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of the class.
+# a FID of 0.390 instead of 0.128 (guided, uniform t, Muon without weight decay). Everything else is
+# left to AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of the
+# class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
 # unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
@@ -861,15 +863,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix):
-    """A matrix with its singular values brought closer to 1, by three steps of a Newton-Schulz iteration.
+    """A matrix over its norm, its singular values then brought closer to 1 by three Newton-Schulz steps.
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has the same
     singular vectors as X, and the cubes of the singular values. Three steps bring those above 0.03 to about 0.7 to
     1.2, and make smaller ones up to 41 times as large (3.4445³). The coefficients are Jordan's, who takes five steps;
     three cost less.
     """
-    # Divided by its norm, it has no singular value above 1. 1e-7 avoids 0/0: in the first step, a
-    # layer followed by one that begins at zero has no gradient.
+    # Divided by its norm, it has no singular value above 1. 1e-7 avoids 0/0: as long as a later
+    # layer is still zero, there is no gradient.
     X = matrix / (matrix.norm() + 1e-7)
     with half_precision(matrix.device):
         for _ in range(3):
@@ -882,9 +884,9 @@ def orthogonalized(matrix):
 def make_optimizers(model):
     """Muon for the convolutions, except the first and the last, and AdamW for everything else, as a list.
 
-    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features. Muon's learning
-    rate is larger, since an orthogonal matrix with n columns has entries of about 1/√n, while AdamW's steps have
-    entries of about 1. Here it is ten times that of AdamW.
+    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features. Muon's learning rate
+    is larger, since an orthogonal matrix with n columns has entries of about 1/√n, while AdamW's, before the learning
+    rate, has entries of about 1. Here it is ten times that of AdamW.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
@@ -912,7 +914,7 @@ def train_step(model, ema, optimizers, x_0, y, step, total_steps):
     second_smallest = uniform.sort(dim=0).values[1]  # (B,)
     t = (second_smallest * model.config.timesteps).long()  # (B,), in 0..T-1
     with half_precision(x_0.device):
-        loss = ddpm_loss(model, x_0, y, model.config.class_dropout, t)
+        loss = ddpm_loss(model, x_0, y, t)
     loss.backward()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -1646,8 +1648,8 @@ def class_number(name, classes):
 def read_hand(model, args):
     """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError."""
     name, classes = model.config.dataset, model.config.classes
-    if args.like is None or args.like_label is None or model.config.image_channels != 1:
-        raise UserError("--like needs --like-label, the digit it shows, and a model of grey images")
+    if args.like is None or args.like_label is None or args.eta or model.config.image_channels != 1:
+        raise UserError("--like needs --like-label, the digit it shows, --eta 0 and a model of grey images")
     number = class_number(args.like_label, classes)
     x_0 = read_digit(args.like, model.config.image_size)
     if (ASSETS / f"classifier_{name}.pt").exists():

@@ -319,7 +319,7 @@ def test_each_step_is_trained():
     torch.manual_seed(0)
     model = Fake(lambda x_t, t, y: 0 * x_t, tiny(timesteps=5))
     x_0 = torch.ones(10000, 1, 2, 2, dtype=torch.float64)
-    ddpm.ddpm_loss(model, x_0, torch.zeros(10000).long())
+    ddpm.ddpm_loss(model, x_0, torch.tensor(0))
     x_t, t, _ = model.asked[0]
     counts = torch.bincount(t)
     assert len(counts) == 5 and (counts - 2000).abs().max() < 5 * 40  # five standard deviations
@@ -331,8 +331,8 @@ def test_each_step_is_trained():
 def test_labels_are_dropped(share):
     """The given share of the labels becomes "no class", and the others stay."""
     torch.manual_seed(0)
-    model, y = Fake(lambda x_t, t, y: x_t), torch.arange(8000) % 10
-    ddpm.ddpm_loss(model, torch.zeros(8000, 1, 1, 1), y, class_dropout=share)
+    model, y = Fake(lambda x_t, t, y: x_t, tiny(class_dropout=share)), torch.arange(8000) % 10
+    ddpm.ddpm_loss(model, torch.zeros(8000, 1, 1, 1), y)
     got = model.asked[0][2]
     dropped = got == 10
     assert torch.equal(got[~dropped], y[~dropped])
@@ -342,11 +342,11 @@ def test_labels_are_dropped(share):
 def test_each_parameter_is_trained():
     """After three steps, the next gradient reaches each parameter, each class and "no class"."""
     torch.manual_seed(0)
-    model = ddpm.UNet(tiny(channels=(12, 16)))
+    model = ddpm.UNet(tiny(channels=(12, 16), class_dropout=0.3))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(4):
         optimizer.zero_grad()
-        ddpm.ddpm_loss(model, normal(64, 1, 8, 8).float(), torch.arange(64) % 10, 0.3).backward()
+        ddpm.ddpm_loss(model, normal(64, 1, 8, 8).float(), torch.arange(64) % 10).backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 1e-6, name
@@ -509,11 +509,11 @@ def test_an_image_depends_on_its_label_and_seed(float32, eta):
     assert (batch[0] - ddpm.sample(model, [1], seeds=[7], **options)[0]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("labels", [[10], [-1], [3, 11]])
-def test_labels_that_are_no_class(labels):
-    """A label outside of the classes is a ValueError, and so is "no class"."""
-    with pytest.raises(ValueError, match="labels"):
-        ddpm.sample(Fake(wild), labels)
+@pytest.mark.parametrize("label, share", [(10, 1), (-1, 1), (3, 0)])
+def test_what_was_not_learned(label, share):
+    """A label outside of the classes is a ValueError, and so are "no class" and guidance without it."""
+    with pytest.raises(ValueError, match="labels|guidance=1"):
+        ddpm.sample(Fake(wild, tiny(class_dropout=share)), [label])
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -1003,7 +1003,7 @@ def test_one_digit_for_a_notebook():
     image = ddpm.generate_number(model, 5, seed=1)
     assert image.size == (28, 28) and image.mode == "L"
     assert image == ddpm.generate_number(model, "5", seed=1) != ddpm.generate_number(model, 5)
-    for label in 10, -1, "x", 1.0:
+    for label in 10, 1.0:
         with pytest.raises(ValueError):
             ddpm.generate_number(model, label)
 
@@ -1280,7 +1280,7 @@ WITHOUT_RANDOMNESS = """
 import os, signal, sys, torch, ddpm
 train_step, rank, processes = ddpm.train_step, os.environ["RANK"], os.environ["WORLD_SIZE"]
 
-def loss(model, x_0, y, class_dropout, t):
+def loss(model, x_0, y, t):
     return (model(x_0, y, y) - 1).square().mean()
 
 def stopping(model, ema, optimizers, x_0, y, step, total_steps):
@@ -1591,6 +1591,7 @@ MUST_FAIL = """
 1 sample --gif film.gif --count 300
 1 sample --like hand.png
 1 sample --like-label 4
+1 sample --like hand.png --like-label 4 --eta 1
 1 sample --like hand.png --like-label 12
 1 sample --like file --like-label 4
 1 sample --like blank.png --like-label 4
