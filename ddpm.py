@@ -309,7 +309,7 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(config.image_channels, channels[0], 3, padding=1)
         self.encoder = nn.ModuleList([ResBlock(c, c, emb_dim) for c in channels])
-        pairs = list(zip(channels[:-1], channels[1:]))  # (32, 64), (64, 128), (128, 256)
+        pairs = list(zip(channels, channels[1:]))  # (32, 64), (64, 128), (128, 256)
         self.downsample = nn.ModuleList(
             [nn.Conv2d(c, wider, 3, stride=2, padding=1) for c, wider in pairs]
         )
@@ -575,16 +575,16 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
     visited = visited_steps(len(alphas_cumprod), steps)
     alpha_bars = alphas_cumprod.tolist()
     x_t = x_T
-    for t, t_prev in zip(visited[:-1], visited[1:]):
+    for t, t_prev in zip(visited, visited[1:]):
         alpha_bar = alpha_bars[t]
         alpha_bar_prev = alpha_bars[t_prev] if t_prev >= 0 else 1.0
         eps_hat = model(x_t, torch.full_like(y, t), y)
         x_0_hat = predict_x_0(x_t, eps_hat, alpha_bar)
         # Clipping x̂_0 changes the noise that it implies. Eq. 4, solved for ε:
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
-        # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1}), which is η √β̃_t
-        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
-        sigma = sigma * math.sqrt(1 - alpha_bar / alpha_bar_prev)
+        # Eq. 16: σ_t = η √β̃_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1})
+        _, deviation = posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)  # √β̃_t
+        sigma = eta * deviation
         # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
         reused = math.sqrt(1 - alpha_bar_prev - sigma**2)
         x_t = math.sqrt(alpha_bar_prev) * x_0_hat + reused * eps_hat
@@ -766,23 +766,22 @@ def invert(model, x_0, labels, steps=STEPS):
     Returns x_T, like x_0. Raises ValueError for a label outside the classes.
     """
     y = checked(labels, model)
-    alpha_bars = cumulative_alphas(model.config).tolist()
-    downwards = visited_steps(len(alpha_bars), steps)[:-1]  # 999, 957, ..., 41 if there are 24
-    upwards = downwards[::-1]
-    t = upwards[0]
+    alphas_cumprod = model.alphas_cumprod
+    downwards = visited_steps(len(alphas_cumprod), steps)[:-1]  # 999, 957, ..., 41 if there are 24
+    upwards = [torch.full_like(y, t) for t in reversed(downwards)]  # 41, 83, ..., 999, each (N,)
     eps = seeded_randn_like(range(len(y)))(x_0)
-    # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
-    x_t = math.sqrt(alpha_bars[t]) * x_0 + math.sqrt(1 - alpha_bars[t]) * eps
-    for t, t_next in zip(upwards[:-1], upwards[1:]):
+    x_t = q_sample(x_0, upwards[0], eps, alphas_cumprod)
+    for t, t_next in zip(upwards, upwards[1:]):
         # To undo the step down from t_next exactly, the network would have to be called at t_next
         # with x at t_next, which is not known yet. It is called with the known x_t instead and, as
         # a compromise, at a t half way. At t, the image would come back less closely (a test shows
         # it).
-        eps_hat = model(x_t, torch.full_like(y, (t + t_next) // 2), y)
+        eps_hat = model(x_t, (t + t_next) // 2, y)
         # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is
         # clipped, since clipped values would be lost on the way back.
-        x_0_hat = (x_t - math.sqrt(1 - alpha_bars[t]) * eps_hat) / math.sqrt(alpha_bars[t])
-        x_t = math.sqrt(alpha_bars[t_next]) * x_0_hat + math.sqrt(1 - alpha_bars[t_next]) * eps_hat
+        alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
+        x_0_hat = (x_t - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
+        x_t = q_sample(x_0_hat, t_next, eps_hat, alphas_cumprod)
     return x_t
 
 
@@ -838,15 +837,13 @@ class Muon(torch.optim.Optimizer):
     by bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a
     matrix, (out, in·height·width).
 
-    Each step also shrinks the weights, by the share 0.1 lr (weight decay; Liu et al. 2025, arXiv 2502.16982). Without
-    it, they keep growing. The first convolution of a block is followed by a normalization, which cancels the scale of
-    its weights; so the larger these are, the less a step changes.
+    Each step also shrinks the weights, by the share lr (weight decay; Liu et al. 2025, arXiv 2502.16982). Without it,
+    they keep growing. The first convolution of a block is followed by a normalization, which cancels the scale of its
+    weights; so the larger these are, the less a step changes.
 
-    params: tensors of two or more dimensions; lr: about how far a step moves in each singular direction.
+    lr is AdamW's learning rate. A step of Muon goes 10 lr in each singular direction, since an orthogonal matrix with n
+    columns has entries of about 1/√n only, while AdamW moves each weight by about lr.
     """
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr, "peak_lr": lr})  # train_step sets lr to a share of the peak
 
     @torch.no_grad()
     def step(self):
@@ -858,8 +855,8 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum"].lerp_(weight.grad, 0.05)  # 0.95 average + 0.05 gradient
                 update = weight.grad.lerp(average, 0.95)  # Nesterov's momentum: mix the gradient in again
                 direction = orthogonalized(update.flatten(1))  # (out, in·height·width)
-                weight.mul_(1 - 0.1 * group["lr"])  # weight decay
-                weight.sub_(direction.view_as(weight), alpha=group["lr"])
+                weight.mul_(1 - group["lr"])  # weight decay
+                weight.sub_(direction.view_as(weight), alpha=10 * group["lr"])
 
 
 def orthogonalized(matrix):
@@ -884,17 +881,14 @@ def orthogonalized(matrix):
 def make_optimizers(model):
     """Muon for the convolutions, except the first and the last, and AdamW for everything else, as a list.
 
-    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features. Muon's learning rate
-    is larger, since an orthogonal matrix with n columns has entries of about 1/√n, while AdamW's, before the learning
-    rate, has entries of about 1. Here it is ten times that of AdamW.
+    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
         inner = weight.ndim == 4 and not name.startswith(("conv_in", "conv_out"))
         (matrices if inner else others).append(weight)
     lr = model.config.lr
-    adamw = torch.optim.AdamW([{"params": others, "peak_lr": lr}], lr=lr, fused=True)
-    return [Muon(matrices, lr=10 * lr), adamw]
+    return [Muon(matrices, {"lr": lr}), torch.optim.AdamW(others, lr, fused=True)]
 
 
 @torch.no_grad()
@@ -918,7 +912,7 @@ def train_step(model, ema, optimizers, x_0, y, step, total_steps):
     loss.backward()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate(step, total_steps)
+            group["lr"] = model.config.lr * learning_rate(step, total_steps)
         optimizer.step()
         optimizer.zero_grad()
     update_ema(ema, model, step, model.config.ema_decay)
@@ -943,6 +937,7 @@ import time
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -988,29 +983,27 @@ def say(text, stream=None):
 # Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero,
 # like the noise. The whole set stays on the device as bytes (MNIST: 47 MB), so a batch takes one
 # indexing operation, and there is no loader to wait for. Another data set needs only an entry in
-# DATASETS, from which its Config follows. For the 3x32x32 images of CIFAR-10, for example, conv_in
-# and conv_out have three image channels, and the sizes in the U-Net are 32, 16, 8 and 4.
+# DATASETS, with a Config. For the 3x32x32 images of CIFAR-10, for example, conv_in and conv_out
+# have three image channels, and the sizes in the U-Net are 32, 16, 8 and 4.
 
 
 @dataclass
 class Dataset:
-    """Where a data set comes from, and what a model has to know about its images, which are square."""
+    """Where a data set comes from, and the Config of a run on it, without options. Its images are square."""
 
     torchvision_name: str  # a class of torchvision.datasets that takes root, train and download
     folder: str  # the subfolder of --data-dir where that class looks for its files
     files: str  # their names, for the error message
-    image_channels: int
-    image_size: int
-    classes: tuple  # their names
+    config: Config
 
 
 IDX = "the unpacked train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
-CLOTHES = "t-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag, ankle boot"
-THINGS = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
+CLOTHES = tuple("t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot".split(","))
+THINGS = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 DATASETS = {
-    "mnist": Dataset("MNIST", "MNIST/raw", IDX, 1, 28, Config.classes),
-    "fashion-mnist": Dataset("FashionMNIST", "FashionMNIST/raw", IDX, 1, 28, tuple(CLOTHES.split(", "))),
-    "cifar10": Dataset("CIFAR10", "", "cifar-10-python.tar.gz", 3, 32, tuple(THINGS.split(", "))),
+    "mnist": Dataset("MNIST", "MNIST/raw", IDX, Config()),
+    "fashion-mnist": Dataset("FashionMNIST", "FashionMNIST/raw", IDX, Config("fashion-mnist", 1, 28, CLOTHES)),
+    "cifar10": Dataset("CIFAR10", "", "cifar-10-python.tar.gz", Config("cifar10", 3, 32, THINGS)),
 }
 
 
@@ -1021,7 +1014,7 @@ def load_dataset(name, data_dir, train=True):
     """
     if name not in DATASETS:
         raise UserError(f"there is no data set called {name}")
-    source = DATASETS[name]
+    source, config = DATASETS[name], DATASETS[name].config
     timeout = socket.getdefaulttimeout()
     folder = Path(data_dir, source.folder)
     with explained(f"cannot read or download {name}: put {source.files} into {folder}"):
@@ -1037,8 +1030,8 @@ def load_dataset(name, data_dir, train=True):
         labels = torch.as_tensor(dataset.targets)
         images = torch.as_tensor(dataset.data)  # (N, H, W) if grey, (N, H, W, C) in colour
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)  # (N, C, H, W)
-        shape = (len(labels), source.image_channels, source.image_size, source.image_size)
-        if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(source.classes):
+        shape = (len(labels), config.image_channels, config.image_size, config.image_size)
+        if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(config.classes):
             raise ValueError("the images or labels do not have the expected shape or values")
     return images.contiguous(), labels
 
@@ -1179,7 +1172,7 @@ def read_digit(path, size=28):
         grey.thumbnail((200, 200))
     # Lighting is rarely even, so the paper is the median of a wide neighbourhood. Ink is what
     # differs from it, in the direction in which it differs more.
-    paper = grey.resize((32, 32)).filter(ImageFilter.MedianFilter(17)).resize(grey.size)
+    paper = grey.resize((32, 32)).filter(ImageFilter.MedianFilter(25)).resize(grey.size)
     ink = np.asarray(grey, np.float32) - np.asarray(paper, np.float32)  # (height, width)
     ink = max(ink, -ink, key=np.max)
     if ink.max() < 40:
@@ -1310,33 +1303,20 @@ class Run:
                 to_image(samples, columns=n).save(file, "PNG")
 
 
-def claim(out):
-    """Makes the folder of a new run. Raises UserError if there is anything in it, such as another run."""
-    with explained(f"cannot begin a run in {out}: add --resume, choose another --out, or empty it"):
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise ValueError("the folder is not empty")
-
-
 def settle_config(args, saved):
     """The Config of a new run, or, if there is a saved state, of the run that goes on.
 
     Raises UserError if a run would go on with other options.
     """
     given = {name: value for name, value in vars(args).items() if hasattr(Config, name) and value is not None}
-    if saved is None:
-        source = DATASETS[given.get("dataset", Config.dataset)]
-        for name in "image_channels", "image_size", "classes":
-            given[name] = getattr(source, name)
-        return Config(**given)
-    began = Config(**saved["config"])
+    began = Config(**saved["config"]) if saved else DATASETS[args.dataset or Config.dataset].config
     config = replace(began, **given)
-    if replace(config, epochs=began.epochs) != began:
+    if saved and replace(config, epochs=began.epochs) != began:
         raise UserError("the run began with other options: with --resume, only --epochs may change")
     return config
 
 
-def join_processes(device, rank, processes):
+def join_processes(device, processes):
     """Joins the processes that torchrun started, waits for all, and returns this one's device."""
     if processes == 1:
         return device
@@ -1345,7 +1325,7 @@ def join_processes(device, rank, processes):
         if device.type == "cuda":
             backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group(backend, rank=rank, world_size=processes)
+        torch.distributed.init_process_group(backend)
         torch.distributed.barrier()  # NCCL alone would not wait here
     return device
 
@@ -1398,18 +1378,18 @@ def begin(args, out, rank, processes):
     saved = load(out / "checkpoint.pt") if args.resume else None
     with explained(f"cannot begin or resume the run in {out}"):
         config = settle_config(args, saved)
+        if saved is None and any(out.glob("*")):
+            raise ValueError("it is not empty: add --resume, choose another --out, or empty it")
     if config.batch_size % processes:
         raise UserError(f"{processes} processes cannot share a batch of {config.batch_size} images")
     if rank == 0:
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
         # Process 0 reads before it joins the others, which wait there, so that only it downloads.
         load_dataset(config.dataset, args.data_dir)
-    device = join_processes(torch.device(args.device), rank, processes)
+    device = join_processes(torch.device(args.device), processes)
     run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
     if saved:
         run.restore(saved)
-    elif rank == 0:
-        claim(out)
     if processes > 1:
         share_gradients(run.model, processes)
     if args.compile:
@@ -1428,7 +1408,7 @@ def train(args):
     if rank == 0:
         # A new run sees at once whether it can write; a resumed one writes what was missing.
         run.save(out, args.sample_every)
-    first_step, started_at, stopping = run.step, time.monotonic(), False
+    first_step, started_at, stopping = run.step, time.perf_counter(), False
     with stop_requests(run.images.device, processes) as asked_to_stop:
         while run.step < run.total_steps and not stopping:
             x_0, y = run.batch(rank, processes)
@@ -1438,7 +1418,7 @@ def train(args):
             stopping = asked_to_stop()
             save_now = stopping or run.step % run.steps_per_epoch == 0 or run.step % SAVE_EVERY == 0
             if rank == 0 and (save_now or run.step % REPORT_EVERY == 0):
-                run.report((run.step - first_step) / (time.monotonic() - started_at))
+                run.report((run.step - first_step) / (time.perf_counter() - started_at))
             if rank == 0 and save_now:
                 run.save(out, args.sample_every)
 
@@ -1553,10 +1533,10 @@ def load_classifier(name, data_dir, device):
     If assets/ has none, it is trained now and kept there. Raises UserError if the data for that is unavailable, or if
     the file is damaged or cannot be written.
     """
-    source, path = DATASETS[name], ASSETS / f"classifier_{name}.pt"
+    config, path = DATASETS[name].config, ASSETS / f"classifier_{name}.pt"
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers on the CPU stay as they are
         torch.manual_seed(0)
-        classifier = make_classifier(source.image_channels, len(source.classes)).to(device)
+        classifier = make_classifier(config.image_channels, len(config.classes)).to(device)
         if not path.exists():
             say(f"training a classifier of {name}, once")
             images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
@@ -1705,17 +1685,16 @@ def shapes_command(args):
     """The shapes command: runs the network once and prints each block's output shape and parameters."""
     config = settle_config(args, saved=None)
     model = UNet(config)
-    names = {block: name for name, block in model.named_modules()}
 
-    def show(block, inputs, output):
+    def show(name, block, inputs, output):
         parameters = sum(p.numel() for p in block.parameters())
         shape = str(tuple(output.shape[1:]))
-        say(f"{names[block] or 'total':<14} {shape:<18} {parameters:>10,}")
+        say(f"{name:<14} {shape:<18} {parameters:>10,}")
 
     say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
-    for block, name in names.items():
+    for name, block in model.named_modules():
         if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
-            block.register_forward_hook(show)  # called in the order of the forward pass
+            block.register_forward_hook(partial(show, name or "total"))  # in the order of the forward pass
     x_t = torch.zeros(1, config.image_channels, config.image_size, config.image_size)
     model(x_t, torch.tensor([0]), torch.tensor([0]))
 
@@ -1802,7 +1781,7 @@ COMMANDS = {  # name: function, help, defaults
     "train": (train, "train a model into a folder", {"sample_every": 1}),
     "sample": (sample_command, "draw images", SAMPLING | {"seed": 0, "out": Path("samples.png")}),
     "evaluate": (evaluate, "measure how good drawn images are", SAMPLING | {"seed": 0, "count": 10000}),
-    "shapes": (shapes_command, "show the blocks of the network", {"dataset": Config.dataset}),
+    "shapes": (shapes_command, "show the blocks of the network", {}),
 }
 
 
@@ -1816,8 +1795,7 @@ def make_parser():
     commands = {}
     for name, (function, help, defaults) in COMMANDS.items():
         commands[name] = subparsers.add_parser(name, help=help, description=help)
-        commands[name].set_defaults(function=function, device=DEVICES[0], data_dir=Path("data"))
-        commands[name].set_defaults(**defaults)
+        commands[name].set_defaults(function=function, device=DEVICES[0], data_dir=Path("data"), **defaults)
     for block in FLAGS.strip().split("\n\n"):
         names, *lines = block.splitlines()
         for line in lines:
@@ -1828,8 +1806,7 @@ def make_parser():
 
 
 HINTS = {  # words in PyTorch's message: what to say instead
-    "out of memory": "out of memory: choose a smaller --batch-size, --channels or --count",
-    "can't allocate memory": "out of memory: choose a smaller --batch-size, --channels or --count",
+    "to allocate": "out of memory: choose a smaller --batch-size, --channels or --count",
     "by peer": "another process is gone: --resume goes on from the last save",
     "C++ compiler": "--compile found no compiler: install one, or leave it out",
     "triton installation": "--compile found no Triton, which it needs on a GPU: install it, or leave it out",
@@ -1848,10 +1825,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("ddpm.py: stopped; files already written are kept", sys.stderr)
         return 130
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        text = "out of memory" if isinstance(error, MemoryError) else str(error)
+        text = "failed to allocate" if isinstance(error, MemoryError) else str(error)
         message = next((hint for words, hint in HINTS.items() if words in text), None)
         if message is None:
             raise
