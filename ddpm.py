@@ -1806,6 +1806,7 @@ def make_parser():
 
 
 HINTS = {  # words in PyTorch's message: what to say instead
+    "out of memory": "out of memory: choose a smaller --batch-size, --channels or --count",
     "to allocate": "out of memory: choose a smaller --batch-size, --channels or --count",
     "by peer": "another process is gone: --resume goes on from the last save",
     "C++ compiler": "--compile found no compiler: install one, or leave it out",
@@ -1828,7 +1829,7 @@ def main(argv=None):
     except (UserError, OSError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
-        text = "failed to allocate" if isinstance(error, MemoryError) else str(error)
+        text = "out of memory" if isinstance(error, MemoryError) else str(error)
         message = next((hint for words, hint in HINTS.items() if words in text), None)
         if message is None:
             raise

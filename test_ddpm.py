@@ -1402,7 +1402,7 @@ def fashion(monkeypatch):
         write_idx(Path(f"data/FashionMNIST/raw/{part}-labels-idx1-ubyte"), labels)
     monkeypatch.setattr(ddpm, "CLASSIFIER_STEPS", 20)
     monkeypatch.setattr(ddpm, "ASSETS", Path("assets"))
-    write_weights("weights.pt", dataset="fashion-mnist", classes=ddpm.CLOTHES.split(", "))
+    write_weights("weights.pt", dataset="fashion-mnist", classes=ddpm.CLOTHES)
 
 
 def test_a_missing_classifier_is_trained_and_kept(fashion, capsys):
