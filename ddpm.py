@@ -549,7 +549,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # Ever shorter steps then approach a smooth curve, the solution of a differential equation. For a
 # perfect network, these curves carry pure noise to images distributed like x_0 (Song,
 # Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow them less closely;
-# README.md measures how many are enough.
+# README.md measures what that costs.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the lowest t before it, noise is still easy to see: with 24 steps of the linear schedule,
