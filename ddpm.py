@@ -4,7 +4,7 @@
 Add Gaussian noise to an image in T small steps, until only noise is left. Train a neural network to look at a noisy
 image and to predict the noise in it. Removing all of that noise at once would give a blur: the mean of all images that
 could have become this noisy one. So start from pure noise, remove a little of the predicted noise, add a little fresh
-noise, look again, and repeat T times; a new image emerges. The network also gets the class y, to draw what you ask for.
+noise, look again, and repeat T times; a new image emerges. The network also gets the class y that you ask for.
 
     Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
     Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
@@ -57,7 +57,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); fixed, so that other weights are refused
+    prediction: str = "v"  # what the last layer predicts (section 3); a file that says otherwise is refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
@@ -142,8 +142,8 @@ def cumulative_alphas(config):
 def q_sample(x_0, t, eps, alphas_cumprod):
     """Adds the noise of all steps up to t to clean images: a draw from q(x_t | x_0) (Ho et al. 2020, Eq. 4).
 
-    x_0 (B, C, H, W) in [-1, 1]; t (B,) integers in 0..T-1; eps like x_0, standard normal; alphas_cumprod (T,), on the
-    device of t, of the dtype of x_0. Returns x_t, like x_0.
+    x_0 (B, C, H, W); t (B,) integers in 0..T-1; eps like x_0, standard normal; alphas_cumprod (T,), on the device of t,
+    of the dtype of x_0. Returns x_t, like x_0.
     """
     alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1): each image has its own t
     # Eq. 4: x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε
@@ -181,7 +181,7 @@ def timestep_embedding(t, dim):
     t (B,) integers; dim is even. Returns (B, dim), with values in [-1, 1]: all cosines, then all sines.
 
     A single number t/T would be a poor input: for neighbouring steps it differs by 0.001, and so the outputs of a layer
-    would be almost equal, unless its weights are huge. Sines and cosines work like the hands of a clock: the fast ones
+    would be almost equal, unless its weights were huge. Sines and cosines work like the hands of a clock: the fast ones
     tell neighbouring steps apart, the slow ones tell early from late.
     """
     exponents = torch.arange(0, dim, 2, device=t.device, dtype=torch.float32) / dim
@@ -250,7 +250,7 @@ class Attention(nn.Module):
 
     A 3x3 convolution sees neighbouring positions only. Here, a linear layer gives each position a query, a key and a
     value, and a position takes the mean of all values, weighted by how well its query fits their keys. The price: each
-    position is compared with each. So attention is used only at the bottom: 16² comparisons at 4x4, not 784² at 28x28.
+    position is compared with every other. So attention is used only at the bottom: 16² comparisons at 4x4, not 784².
 
     forward: x (B, C, H, W) -> the same shape.
     """
@@ -363,8 +363,8 @@ class UNet(nn.Module):
 #                     take a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
 # What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is the mean
-# of all ε that are possible, given x_t and y. By Eq. 4 it implies the mean of all x_0 that are possible. At small t
-# that is one image; at large t, where many are possible, it is a blur.
+# of all ε that are possible, given x_t and y. By Eq. 4, which is linear, it implies the mean of all possible x_0. At
+# small t that is one image; at large t, where many are possible, it is a blur.
 #
 # Where does the loss come from? In outline (this can wait until section 5 has been read): a bound on the log-likelihood
 # of the training images is a sum over the steps. All terms but the first and the last measure by the KL divergence how
@@ -380,8 +380,8 @@ class UNet(nn.Module):
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
 # (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
-# half way between the two. With it, images of a small network had the best FID (section 12; lower is better): 0.331,
-# against 0.436 for L_simple and 0.414 for the loss of v (uniform t, unguided; README.md).
+# the geometric mean of the two. With it, images of a small network had the best FID (section 12; lower is better):
+# 0.331, against 0.436 for L_simple and 0.414 for the loss of v (uniform t, no guidance: sections 9, 7; README.md).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -434,7 +434,7 @@ def ddpm_loss(model, x_0, y, t=None):
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
 # Given x_t, x_{t-1} is nearly Gaussian (section 1). Its variance, averaged over pixels and x_t, lies between β̃_t and
-# β_t, as that of pixels in [-1, 1] is at most 1 (cf. Ho et al., section 3.2). A step back is a draw from
+# β_t, the two extreme cases below (cf. Ho et al., section 3.2). The code takes β̃_t: a step back is a draw from
 # N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
@@ -446,7 +446,7 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
 # consists of a single image, so that x_0 is known. The second is right if the data is standard normal: then so are
-# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. The code uses β̃_t; as
+# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. As
 # β̃_1 = 0, z = 0 changes nothing. With β_t, z = 0 omits a last noise that would hardly be visible: its standard
 # deviation is √β_1 = 0.01, about one step between grey values (2/255).
 
@@ -521,7 +521,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # PART TWO: better images in fewer steps
 # ======================================================================================================================
 #
-# Each section builds on Part One and changes nothing in it.
+# Each section builds on Part One and leaves its code unchanged.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. DDIM: fewer steps
@@ -542,14 +542,14 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the
 # two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
-# stand in for the true values, which costs the less the shorter the step is.
+# stand in for the true values. A short step errs little, since they are renewed after it.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
-# Ever shorter steps then approach a smooth curve, the solution of a differential equation. For a
-# perfect network, these curves carry pure noise to images distributed like x_0 (Song,
-# Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow them less closely;
-# README.md measures what that costs.
+# As T and the number of steps grow, their path approaches a smooth curve, the solution of a
+# differential equation. For a perfect network, these curves carry pure noise to images distributed
+# like x_0 (Song, Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow
+# them less closely; README.md measures what that costs.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the lowest t before it, noise is still easy to see: with 24 steps of the linear schedule,
@@ -610,7 +610,7 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 #
 #     E[∇ log q(x_t | x_0) | x_t] = ∫ q(x_0) ∇q(x_t | x_0) dx_0 / q(x_t) = ∇q(x_t) / q(x_t)
 #
-# So for a perfect network:
+# A perfect network predicts the mean of ε (section 4), so:
 #
 #     ε_θ(x_t, t, none) = -√(1-ᾱ_t) ∇ log q(x_t)        ε_θ(x_t, t, y) = -√(1-ᾱ_t) ∇ log q(x_t | y)
 #
@@ -625,7 +625,7 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 # With guidance, a classifier recognises more of the images. The price is variety, since unusual
 # fours are harder to recognise. FID, the distance between drawn and real images (section 12), sees
 # both: as S grows, it first falls, because badly drawn digits become rare, and then rises. Of 2000
-# digits, 98.2 % were read right without guidance, with a FID of 0.063; 99.55 % and 0.059 with the
+# digits, 98.2 % were read right without guidance, with an FID of 0.063; 99.55 % and 0.059 with the
 # defaults below; 99.55 % and 0.085 with S = 2.4, for t/T in 0.2..0.4 (README.md).
 
 # The defaults, chosen by label accuracy and FID on --seed 0, for assets/mnist.pt.
@@ -643,7 +643,7 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
     def predict(x_t, t, y):
         inside = low <= t[0].item() / model.config.timesteps <= high
         S = scale if inside else min(scale, 1)
-        with half_precision(x_t.device):
+        with half_precision(x_t.device):  # bfloat16, see below
             if S == 1:
                 return model(x_t, t, y)
             # Both predictions in one call, which is faster than two.
@@ -694,7 +694,7 @@ def seeded_randn_like(seeds):
 
 
 def checked(labels, model):
-    """The labels (N,) as y, on the model's device. Raises ValueError if one of them is no class."""
+    """The labels (N,) as y, on the model's device. Raises ValueError if one is out of range."""
     y = torch.as_tensor(labels, dtype=torch.long, device=model.alphas_cumprod.device)
     if y.min() < 0 or y.max() >= model.no_class:
         raise ValueError(f"labels {y.tolist()} are not all in 0..{model.no_class - 1}")
@@ -744,18 +744,19 @@ def sample(model, labels, **options):
 # 8. Inversion: your handwriting
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# With η = 0 nothing is random on the way from noise to image. So it can also be walked the other
-# way, from an image up to the noise that would become it (Song et al. 2020, section 4.3). That
-# noise holds what the class does not say: the slant and the width of the digit, the weight of the
-# stroke. Sampled with another label, it gives another digit in the same hand.
+# With η = 0, the steps from noise to image follow a smooth curve (section 6). It can also be
+# followed the other way, from an image up to the noise that would become it (Song et al. 2020,
+# section 4.3). That noise holds what the class does not say: the slant and the width of the digit,
+# the weight of the stroke. Sampled with another label, it gives another digit in the same hand.
 #
-# But in a perfectly clean image the network finds almost no noise, so it would stay almost clean on
-# its way up, far from the pure noise that a sampler expects. It therefore first gets the noise of
-# the lowest level visited, by Eq. 4. That draw has a fixed seed; it is the only random part.
+# But in a perfectly clean image the network finds almost no noise, so the image would stay almost
+# clean on its way up, far from the pure noise that a sampler expects. The image therefore first
+# gets the noise of the lowest level visited, by Eq. 4. That draw has a fixed seed; it is the only
+# random part.
 #
-# Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo. Unguided
-# sampling from that noise nearly returns the image. The sample command guides all the same, for
-# clearer digits.
+# Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo.
+# Unguided sampling from that noise nearly returns the image. The sample command guides all the
+# same, for clearer digits.
 
 
 @torch.no_grad()
@@ -768,7 +769,7 @@ def invert(model, x_0, labels, steps=STEPS):
     y = checked(labels, model)
     alphas_cumprod = model.alphas_cumprod
     downwards = visited_steps(len(alphas_cumprod), steps)[:-1]  # 999, 957, ..., 41 if there are 24
-    upwards = [torch.full_like(y, t) for t in reversed(downwards)]  # 41, 83, ..., 999, each (N,)
+    upwards = [torch.full_like(y, t) for t in reversed(downwards)]  # 41, 82, ..., 999, each (N,)
     eps = seeded_randn_like(range(len(y)))(x_0)
     x_t = q_sample(x_0, upwards[0], eps, alphas_cumprod)
     for t, t_next in zip(upwards, upwards[1:]):
@@ -797,14 +798,15 @@ def invert(model, x_0, labels, steps=STEPS):
 # Training draws those in between more often. Here, t/T is the second smallest of four uniform
 # draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
 # unguided images, drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower
-# is better). Weighting the loss in the same way does not do it (README.md). Esser et al. 2024
-# (arXiv 2403.03206), for similar models of large images, draw the middle more often, too.
+# is better). Weighting the loss instead, with the same mean gradient, does not do it (README.md).
+# Esser et al. 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more
+# often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
-# a FID of 0.390 instead of 0.128 (guided, uniform t, Muon without weight decay). Everything else is
-# left to AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of the
-# class.
+# an FID of 0.390 instead of 0.128 (guided, uniform t, Muon without weight decay). Everything else
+# is left to AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of
+# the class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
 # unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
@@ -835,14 +837,14 @@ class Muon(torch.optim.Optimizer):
 
     Jordan's argument: a few directions dominate the gradient of a weight matrix. Muon lets the others count as well,
     by bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a
-    matrix, (out, in·height·width).
+    matrix, (out, in·kernel height·kernel width).
 
     Each step also shrinks the weights, by the share lr (weight decay; Liu et al. 2025, arXiv 2502.16982). Without it,
-    they keep growing. The first convolution of a block is followed by a normalization, which cancels the scale of its
+    they tend to grow. The first convolution of a block is followed by a normalization, which cancels the scale of its
     weights; so the larger these are, the less a step changes.
 
-    lr is AdamW's learning rate. A step of Muon goes 10 lr in each singular direction, since an orthogonal matrix with n
-    columns has entries of about 1/√n only, while AdamW moves each weight by about lr.
+    lr is AdamW's learning rate. A step of Muon goes ten times as far in each singular direction (found by trial): an
+    orthogonal matrix with n columns has entries of about 1/√n only, while AdamW moves each weight by about lr.
     """
 
     @torch.no_grad()
@@ -854,17 +856,17 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 average = state["momentum"].lerp_(weight.grad, 0.05)  # 0.95 average + 0.05 gradient
                 update = weight.grad.lerp(average, 0.95)  # Nesterov's momentum: mix the gradient in again
-                direction = orthogonalized(update.flatten(1))  # (out, in·height·width)
+                direction = orthogonalized(update.flatten(1))  # a matrix, as above
                 weight.mul_(1 - group["lr"])  # weight decay
                 weight.sub_(direction.view_as(weight), alpha=10 * group["lr"])
 
 
 def orthogonalized(matrix):
-    """A matrix over its norm, its singular values then brought closer to 1 by three Newton-Schulz steps.
+    """A matrix divided by its norm, with singular values brought closer to 1 by three Newton-Schulz steps.
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has the same
-    singular vectors as X, and the cubes of the singular values. Three steps bring those above 0.03 to about 0.7 to
-    1.2, and make smaller ones up to 41 times as large (3.4445³). The coefficients are Jordan's, who takes five steps;
+    singular vectors as X, and the cubes of the singular values. Three steps bring those above 0.02 to about 0.7 to 1.2,
+    and make smaller ones up to 41 times as large (3.4445³). The coefficients are those of Jordan, who takes five steps;
     three cost less.
     """
     # Divided by its norm, it has no singular value above 1. 1e-7 avoids 0/0: as long as a later
@@ -1449,7 +1451,7 @@ def train(args):
 # how far these two Gaussians are apart. It sees missing variety and wrong style, and 0 is best. It
 # is blind to labels, and to a model that only repeats its training images. The features usually
 # come from Inception, a network trained on photographs of 299x299 pixels; grey digits are nothing
-# like them. So a FID printed here can only be compared with others printed here, by the same
+# like them. So an FID printed here can only be compared with others printed here, by the same
 # classifier and for the same number of images: fewer images make it larger.
 #
 # Inception Score (Salimans et al. 2016, arXiv 1606.03498): is the classifier sure about each image,
