@@ -370,8 +370,8 @@ class UNet(nn.Module):
 # of the training images is a sum over the steps. All terms but the first and the last measure by the KL divergence how
 # far two Gaussians are apart: the step backwards that would be right if x_0 were known, and the network's, with x̂_0 in
 # its place. With equal variances, such a term is a weighted squared distance between the means, so between x_0 and
-# x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Dropping the weights, which are largest at small t, gave Ho et
-# al. better images.
+# x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Without these weights, largest at small t, Ho et al. got
+# better images.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -446,8 +446,8 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
 # consists of a single image, so that x_0 is known. The second is right if the data is standard normal: then so are
-# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. As
-# β̃_1 = 0, z = 0 changes nothing. With β_t, z = 0 omits a last noise that would hardly be visible: its standard
+# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. With
+# β̃_t, z = 0 changes nothing, as β̃_1 = 0. With β_t, it omits a last noise that would hardly be visible: its standard
 # deviation is √β_1 = 0.01, about one step between grey values (2/255).
 
 

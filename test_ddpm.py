@@ -1073,7 +1073,8 @@ def test_a_thin_stroke():
 
 def test_a_digit_of_mnist_is_left_as_it_is():
     """An image that is as MNIST has it comes back nearly unchanged."""
-    for path in (HERE / "assets").glob("hand_*.png"):
+    for digit in 0, 4, 9:
+        path = HERE / f"assets/hand_{digit}.png"
         pixels = ddpm.from_bytes(torch.tensor(np.asarray(Image.open(path))))
         assert (ddpm.read_digit(path) - pixels).abs().mean() < 0.05
 
