@@ -113,7 +113,7 @@ def beta_schedule(schedule, timesteps):
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise ValueError(f"no schedule is called {schedule!r}: choose from {SCHEDULES}")
-    # β_T ≥ 1 (cosine; linear with few steps) would make ᾱ_T ≤ 0, and sampling divides by √ᾱ_T.
+    # A β_t ≥ 1 (cosine; linear with few steps) would make ᾱ_t ≤ 0, and sampling divides by √ᾱ_t.
     return betas.clamp(max=0.999)
 
 
@@ -347,7 +347,7 @@ class UNet(nn.Module):
 
         v = self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, 28, 28)
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        # ε_θ = √ᾱ_t v + √(1-ᾱ_t) x_t
+        # ε_θ = √ᾱ_t v_θ + √(1-ᾱ_t) x_t, with the v_θ that was just computed
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
 
@@ -356,22 +356,22 @@ class UNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # The network should predict the noise, so it is trained to make the squared error of its prediction small, on average
-# over all steps (Eq. 14). For each image, one step t is drawn at random:
+# over all t (Eq. 14). For each image, one t is drawn at random:
 #
 #     Algorithm 1:  repeat
 #                     x_0, y from the training images,  t ~ Uniform({1, ..., T}),  ε ~ N(0, I)
 #                     take a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
-# What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is the mean
-# of all ε that are possible, given x_t and y. By Eq. 4, which is linear, it implies the mean of all possible x_0. At
-# small t that is one image; at large t, where many are possible, it is a blur.
+# What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is
+# E[ε | x_t, y], the mean of all possible ε, each counted by its probability. By Eq. 4, which is linear, it implies the
+# mean of all possible x_0. At small t that is one image; at large t, where many are possible, it is a blur.
 #
-# Where does the loss come from? In outline (this can wait until section 5 has been read): a bound on the log-likelihood
-# of the training images is a sum over the steps. All terms but the first and the last measure by the KL divergence how
-# far two Gaussians are apart: the step backwards that would be right if x_0 were known, and the network's, with x̂_0 in
-# its place. With equal variances, such a term is a weighted squared distance between the means, so between x_0 and
-# x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Without these weights, largest at small t, Ho et al. got
-# better images.
+# Where does the loss come from? In outline (this can wait until section 5 has been read): a bound on -log p, p being
+# the probability of the training images, is a sum over the steps. All terms but the first and the last measure by the
+# KL divergence how far two Gaussians are apart: the step backwards that would be right if x_0 were known, and the
+# network's, with x̂_0 in its place. With equal variances, such a term is a weighted squared distance between the means,
+# so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et al. got better images when they dropped these
+# weights, which are largest at small t.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -380,8 +380,8 @@ class UNet(nn.Module):
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
 # (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
-# the geometric mean of the two. With it, images of a small network had the best FID (section 12; lower is better):
-# 0.331, against 0.436 for L_simple and 0.414 for the loss of v (uniform t, no guidance: sections 9, 7; README.md).
+# the geometric mean of the two. With it, images of README.md's small network had the best FID (section 12; lower is
+# better): 0.331, against 0.436 for L_simple and 0.414 for the loss of v (t drawn uniformly, no guidance).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -433,9 +433,9 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Given x_t, x_{t-1} is nearly Gaussian (section 1). Its variance, averaged over pixels and x_t, lies between β̃_t and
-# β_t, the two extreme cases below (cf. Ho et al., section 3.2). The code takes β̃_t: a step back is a draw from
-# N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
+# Given x_t, x_{t-1} is nearly Gaussian (section 1). As pixels lie in [-1, 1], its variance, averaged over pixels and
+# x_t, lies between β̃_t and β_t, the two extreme cases below (cf. Ho et al., section 3.2). The code takes β̃_t: a step
+# back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -446,9 +446,9 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
 # consists of a single image, so that x_0 is known. The second is right if the data is standard normal: then so are
-# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. With
-# β̃_t, z = 0 changes nothing, as β̃_1 = 0. With β_t, it omits a last noise that would hardly be visible: its standard
-# deviation is √β_1 = 0.01, about one step between grey values (2/255).
+# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. With β̃_t, z = 0
+# changes nothing, as β̃_1 = 0. With β_t, z = 0 omits a last noise that would hardly be visible: its standard deviation
+# is √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -501,10 +501,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         yield x_t, x_0_hat
 
 
-# This is all of DDPM, with five later additions: the class and its dropping, the cosine schedule, the scale and shift
-# in each block, v, and the weight of the loss. You may stop here. The rest makes it faster, better and more convenient.
-# With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with classes y (B,), and a config, these
-# lines train, and then draw an image for each label of the last batch; the last x_t holds the images:
+# This is the method of DDPM, with five later additions: the class and its dropping, the cosine schedule, the scale and
+# shift in each block, v, and the weight of the loss. You may stop here. The rest makes it faster, better and more
+# convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with classes y (B,), and a
+# config, these lines train, and then draw an image for each label of the last batch; the last x_t holds the images:
 #
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -533,10 +533,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # Training uses only q(x_t | x_0), and never sees x_t and x_{t-1} together. So any update is allowed
 # whose x_{t-1}, given x_0, has the distribution of Eq. 4 again: the image scaled by √ᾱ_{t-1}, and
 # noise with a total variance of 1-ᾱ_{t-1}. Nor does "t-1" have to be the neighbour of t; it may be
-# any lower level.
+# any smaller t.
 #
-# DDIM takes x̂_0 and noises it again to the lower level. A part of that noise is fresh, with
-# standard deviation σ_t. The rest is the predicted noise, reused:
+# DDIM takes x̂_0 and adds noise to it again, but only as much as x_{t-1} has. A part of that noise
+# is fresh, with standard deviation σ_t. The rest is the predicted noise, reused:
 #
 #     Eq. 12:  x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
 #
@@ -546,13 +546,13 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
-# As T and the number of steps grow, their path approaches a smooth curve, the solution of a
+# As T and the number of steps grow, the path approaches a smooth curve, the solution of a
 # differential equation. For a perfect network, these curves carry pure noise to images distributed
 # like x_0 (Song, Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow
 # them less closely; README.md measures what that costs.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
-# is 1. At the lowest t before it, noise is still easy to see: with 24 steps of the linear schedule,
+# is 1. At the last t before it, noise is still easy to see: with 24 steps of the linear schedule,
 # its standard deviation is 0.15. The last step removes it all, since at ᾱ = 1 only x̂_0 is left of
 # Eq. 12.
 
@@ -562,7 +562,7 @@ def visited_steps(T, steps):
 
     For T = 1000 and 20 steps: 999, 949, ..., 49, -1. Returns min(steps, T) + 1 integers.
     """
-    return torch.linspace(T - 1, -1, min(steps, T) + 1).round().int().tolist()
+    return torch.linspace(T - 1, -1, min(steps, T) + 1, dtype=torch.float64).round().int().tolist()
 
 
 @torch.no_grad()
@@ -798,9 +798,8 @@ def invert(model, x_0, labels, steps=STEPS):
 # Training draws those in between more often. Here, t/T is the second smallest of four uniform
 # draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
 # unguided images, drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower
-# is better). Weighting the loss instead, with the same mean gradient, does not do it (README.md).
-# Esser et al. 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more
-# often, too.
+# is better). Weighting the loss by the density of t instead does not do it (README.md). Esser et
+# al. 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
@@ -815,9 +814,8 @@ def invert(model, x_0, labels, steps=STEPS):
 #
 # The weights for sampling are an exponential moving average (EMA) of the trained weights, over
 # roughly the last 1000 steps. Each step sees one batch with random t and noise, so the weights
-# jitter from step to step; their average does not. In the first 9000 steps it covers only about a
-# tenth of the steps so far; otherwise it would remember the random first weights for thousands of
-# steps.
+# jitter from step to step; their average does not. In the first 9000 steps it covers less, about a
+# tenth of the steps so far, to forget the random first weights sooner.
 
 
 def learning_rate(step, total_steps):
@@ -843,7 +841,7 @@ class Muon(torch.optim.Optimizer):
     they tend to grow. The first convolution of a block is followed by a normalization, which cancels the scale of its
     weights; so the larger these are, the less a step changes.
 
-    lr is AdamW's learning rate. A step of Muon goes ten times as far in each singular direction (found by trial): an
+    lr is AdamW's learning rate. A step of Muon is 10 lr long in each singular direction (ten was found by trial): an
     orthogonal matrix with n columns has entries of about 1/√n only, while AdamW moves each weight by about lr.
     """
 
@@ -890,7 +888,7 @@ def make_optimizers(model):
         inner = weight.ndim == 4 and not name.startswith(("conv_in", "conv_out"))
         (matrices if inner else others).append(weight)
     lr = model.config.lr
-    return [Muon(matrices, {"lr": lr}), torch.optim.AdamW(others, lr, fused=True)]
+    return [Muon(matrices, {"lr": lr}), torch.optim.AdamW(others, lr, fused=True)]  # decay: PyTorch's 0.01
 
 
 @torch.no_grad()
@@ -984,9 +982,9 @@ def say(text, stream=None):
 #
 # Data. Pixels come as bytes 0..255 and go to the network as numbers in [-1, 1], centred at zero,
 # like the noise. The whole set stays on the device as bytes (MNIST: 47 MB), so a batch takes one
-# indexing operation, and there is no loader to wait for. Another data set needs only an entry in
-# DATASETS, with a Config. For the 3x32x32 images of CIFAR-10, for example, conv_in and conv_out
-# have three image channels, and the sizes in the U-Net are 32, 16, 8 and 4.
+# indexing operation, and there is no loader to wait for. A data set of the same kind needs only an
+# entry in DATASETS, with a Config. For the 3x32x32 images of CIFAR-10, for example, conv_in and
+# conv_out have three image channels, and the sizes in the U-Net are 32, 16, 8 and 4.
 
 
 @dataclass
@@ -1134,13 +1132,14 @@ def to_image(x, columns=None):
     return Image.fromarray(grid.permute(1, 2, 0).squeeze(2).numpy())
 
 
-def generate_number(model, label, seed=0):
+def generate_number(model, label, seed=0, **options):
     """One digit, for a notebook: a PIL image.
 
-    model is from load_model; label is the number or name of a class. Raises UserError (a ValueError) if there is no
-    such class.
+    model is from load_model; label is the number or name of a class; options are those of sample_steps. Raises
+    UserError (a ValueError) if there is no such class.
     """
-    return to_image(sample(model, [class_number(str(label), model.config.classes)], seeds=[seed]))
+    number = class_number(str(label), model.config.classes)
+    return to_image(sample(model, [number], seeds=[seed], **options))
 
 
 def save_film(frames, file, columns):
@@ -1225,7 +1224,7 @@ class Run:
         self.log = ["epoch,step,loss"]  # the lines of log.csv
 
     def batch(self, rank, processes):
-        """This process's share of the next step's images and classes: x_0 (B/processes, C, H, W), y (B/processes,).
+        """This process's share of the next step's images and classes: x_0 (share, C, H, W), y (share,).
 
         All randomness follows from the seed, the number of the step and the rank, so a resumed run needs no saved
         generator state, and no saved order: it is drawn anew in each step.
@@ -1258,8 +1257,8 @@ class Run:
     def save(self, out, sample_every):
         """Writes checkpoint.pt, from which the run goes on as if it had never stopped, and then the other files.
 
-        Those follow from the state. One that cannot be written now is written at the next save, or by --resume, but
-        an earlier epoch's samples_EPOCH.png stays missing. Raises UserError if checkpoint.pt cannot be written, if
+        Those follow from the state. If one cannot be written, the next save tries again, and so does --resume; only
+        the samples_EPOCH.png of an earlier epoch stays missing. Raises UserError if checkpoint.pt cannot be written, if
         the weights are not finite, or if another file cannot be written at the last step.
         """
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
@@ -1323,9 +1322,9 @@ def join_processes(device, processes):
     if processes == 1:
         return device
     with explained("cannot join the other processes: use torchrun, on CPUs or one GPU each"):
-        backend = "gloo"
+        backend = {"cpu": "gloo", "cuda": "nccl"}[device.type]
         if device.type == "cuda":
-            backend, device = "nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.distributed.init_process_group(backend)
         torch.distributed.barrier()  # NCCL alone would not wait here
@@ -1380,7 +1379,7 @@ def begin(args, out, rank, processes):
     saved = load(out / "checkpoint.pt") if args.resume else None
     with explained(f"cannot begin or resume the run in {out}"):
         config = settle_config(args, saved)
-        if saved is None and any(out.glob("*")):
+        if saved is None and any(out.glob("[!.]*")):
             raise ValueError("it is not empty: add --resume, choose another --out, or empty it")
     if config.batch_size % processes:
         raise UserError(f"{processes} processes cannot share a batch of {config.batch_size} images")
@@ -1405,7 +1404,8 @@ def train(args):
     args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError.
     """
     out = Path(args.out or f"runs/{args.dataset or Config.dataset}")
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if processes > 1 else 0
     run = begin(args, out, rank, processes)
     if rank == 0:
         # A new run sees at once whether it can write; a resumed one writes what was missing.
@@ -1632,9 +1632,11 @@ def read_hand(model, args):
     name, classes = model.config.dataset, model.config.classes
     if args.like is None or args.like_label is None or args.eta or model.config.image_channels != 1:
         raise UserError("--like needs --like-label, the digit it shows, --eta 0 and a model of grey images")
+    if args.count:
+        raise UserError("--like takes no --count: each label has one image in that hand")
     number = class_number(args.like_label, classes)
     x_0 = read_digit(args.like, model.config.image_size)
-    if (ASSETS / f"classifier_{name}.pt").exists():
+    if name in DATASETS and (ASSETS / f"classifier_{name}.pt").exists():
         classifier, _, _ = load_classifier(name, None, "cpu")  # it exists, so no data is read
         probabilities, _ = judge(classifier, to_bytes(x_0))
         read = probabilities.argmax().item()
@@ -1723,6 +1725,7 @@ KINDS = {
     "switch": {"action": "store_true"},
     "count": {"type": in_range(int, 1, 10**9)},
     "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
+    "steps": {"type": in_range(int, 2, 10**5)},  # one step would leave almost a clean image
     # With fewer images than features (64), their covariance says little; there are 10,000 test
     # images.
     "many": {"type": in_range(int, 65, 10000)},
@@ -1740,7 +1743,7 @@ dataset            dataset   what to learn (default: {Config.dataset})
 epochs             count     passes over the training images (default: {Config.epochs})
 batch-size         count     images in a step (default: {Config.batch_size})
 lr                 share     peak learning rate (default: {Config.lr})
-timesteps          count     T, the number of noising steps (default: {Config.timesteps})
+timesteps          steps     T, the number of noising steps (default: {Config.timesteps})
 schedule           schedule  of the noise (default: {Config.schedule})
 channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 class-dropout      share     share of labels to drop; 0 rules out guidance (default: {Config.class_dropout})
@@ -1752,7 +1755,7 @@ compile            switch    use torch.compile, which needs a compiler; the firs
 
 sample
 label              words     class, or classes of a row, by name or number (default: all)
-count              count     images (default: 16; 1 with --like), or rows if several labels (default: 1)
+count              count     images (default: 16), or rows if several labels (default: 1); not with --like
 like               word      write in the hand of this image of a digit, PNG or JPEG
 like-label         word      the digit that --like shows
 gif                path      a film of the sampling, x_t above and x_0_hat below

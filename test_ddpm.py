@@ -145,7 +145,7 @@ def normal(*shape, seed=0):
 # === 1. The noise schedule ============================================================================================
 
 
-@pytest.mark.parametrize("timesteps", [1, 2, 10, 50, 1000])
+@pytest.mark.parametrize("timesteps", [1, 10, 1000])
 def test_linear_schedule(timesteps):
     """The linear betas rise evenly, from 0.1/T to 20/T."""
     betas = [(0.1 + 19.9 * i / max(1, timesteps - 1)) / timesteps for i in range(timesteps)]
@@ -153,7 +153,7 @@ def test_linear_schedule(timesteps):
 
 
 @pytest.mark.parametrize("schedule", ddpm.SCHEDULES)
-@pytest.mark.parametrize("timesteps", [1, 2, 10, 100, 1000])
+@pytest.mark.parametrize("timesteps", [1, 10, 1000])
 def test_any_number_of_steps(schedule, timesteps):
     """Each schedule has a β for each step, in (0, 0.999], and from ten steps on leaves almost nothing of the image."""
     betas = ddpm.beta_schedule(schedule, timesteps)
@@ -201,7 +201,7 @@ def test_timestep_embedding():
         close(row, [math.cos(a) for a in angles] + [math.sin(a) for a in angles], 1e-4)
 
 
-@pytest.mark.parametrize("channels", [(8,), (4, 6), (5, 3, 7), (4, 4, 4, 4)])
+@pytest.mark.parametrize("channels", [(8,), (5, 3, 7), (4, 4, 4, 4)])
 @pytest.mark.parametrize("image_channels, size", [(1, 28), (3, 32)])
 def test_any_image_and_channels(channels, image_channels, size):
     """The output is like the input, for grey and for colour, and for any number of any channels."""
@@ -296,11 +296,6 @@ def noise_in(x_t, x_0, t, alphas_cumprod):
     return (x_t - bar**0.5 * x_0) / (1 - bar) ** 0.5
 
 
-def oracle(x_0):
-    """A network that knows the clean images, and so the noise."""
-    return Fake(lambda x_t, t, y: noise_in(x_t, x_0, t, ALPHAS_CUMPROD))
-
-
 def test_loss_by_hand():
     """L_simple with the weight 1/√ᾱ_t equals the squared error of v with the weight √ᾱ_t."""
     torch.manual_seed(0)
@@ -382,9 +377,9 @@ def test_eq_11_is_eq_7(t):
 
 
 def test_algorithm_2_finds_the_image_of_an_oracle():
-    """With an oracle, Algorithm 2 takes T steps, adds noise in all but the last, and ends at the image."""
+    """If the network knows x_0, Algorithm 2 takes T steps, draws noise in all but the last, and ends at x_0."""
     x_0, x_T, y = normal(2, 1, 4, 4).clamp(-1, 1), normal(2, 1, 4, 4, seed=1), torch.tensor([3, 4])
-    model, drawn = oracle(x_0), []
+    model, drawn = Fake(lambda x_t, t, y: noise_in(x_t, x_0, t, ALPHAS_CUMPROD)), []
     noise = lambda x: drawn.append(x) or torch.ones_like(x)  # noqa: E731
     pairs = list(ddpm.ddpm_sampler(model, x_T, y, ALPHAS_CUMPROD, noise))
     assert len(pairs) == T and len(drawn) == T - 1
@@ -397,7 +392,7 @@ def test_algorithm_2_finds_the_image_of_an_oracle():
 # === 6. DDIM: fewer steps =============================================================================================
 
 
-@pytest.mark.parametrize("total, steps", [(1000, 20), (1000, 1), (50, 7), (50, 50), (7, 100)])
+@pytest.mark.parametrize("total, steps", [(1000, 20), (1000, 1), (50, 50), (7, 100)])
 def test_visited_steps(total, steps):
     """The steps fall evenly from T-1 to -1, and there are no more than T of them."""
     visited = ddpm.visited_steps(total, steps)
@@ -479,7 +474,7 @@ def test_guidance_interval(S, S_outside, interval):
 
 def test_options_of_sampling():
     """sample passes its options on, and one x_T serves all labels."""
-    x_T, shared = normal(1, 1, 8, 8), {"steps": 7, "eta": 0.5}
+    x_T, shared = normal(1, 1, 8, 8), {"steps": T, "eta": 0.5}
     images = ddpm.sample(Fake(wild), [3, 8], **shared, guidance=3, guidance_interval=(0, 0.5), x_T=x_T)
     predict, noise = ddpm.guided(Fake(wild), 3, (0, 0.5)), ddpm.seeded_randn_like([0, 1])
     start = x_T.repeat(2, 1, 1, 1), torch.tensor([3, 8]), ALPHAS_CUMPROD
@@ -665,9 +660,9 @@ def test_precision(monkeypatch, bfloat16):
 
 
 def test_train_step():
-    """A step drops classes, draws t, sets the rate of the curve and moves all weights, and the average follows."""
+    """A step noises the images, sets the rate of the curve and moves all weights, and the average follows."""
     torch.manual_seed(0)
-    model, seen = random_unet(ema_decay=0.5, class_dropout=1).requires_grad_(True), []
+    model, seen = random_unet(class_dropout=0).requires_grad_(True), []
     model.register_forward_pre_hook(lambda model, inputs: seen.extend(inputs))
     ema, before = copy.deepcopy(model), copy.deepcopy(model)
     optimizers = ddpm.make_optimizers(model)
@@ -676,12 +671,13 @@ def test_train_step():
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     assert rates == pytest.approx([0.001, 0.001])  # half of the peak, in the middle of the cosine
     for old, new, average in zip(before.parameters(), model.parameters(), ema.parameters()):
-        close(average.data, (old.data + new.data) / 2, 1e-6)
+        close(average.data, (56 * old.data + 9 * new.data) / 65, 1e-6)
         assert new.grad is None and (new - old).abs().max() > 1e-4
     # AdamW's first step is as long as its rate:
     assert (model.conv_in.weight - before.conv_in.weight).abs().max().item() == pytest.approx(0.001, 0.1)
-    _, t, y = seen
-    assert (y == model.no_class).all()
+    x_t, t, classes = seen
+    assert torch.equal(classes, y)
+    assert noise_in(x_t, x_0, t, ALPHAS_CUMPROD).var().item() == pytest.approx(1, 0.05)
     # The distribution function of Beta(2, 3) at s is 6 s² - 8 s³ + 3 s⁴: here, at 0.2, 0.5 and 0.8.
     shares = [(t < t_max).double().mean() for t_max in (10, 25, 40)]
     close(shares, [0.1808, 0.6875, 0.9728], 0.05)
@@ -775,14 +771,7 @@ class OnlyWrites:
         self.text += text
 
 
-def closed():
-    stream = open("log", "w")
-    stream.close()
-    return stream
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the full disk's
-@pytest.mark.parametrize("make", [lambda: None, closed, lambda: open("/dev/full", "w"), OnlyWrites])
+@pytest.mark.parametrize("make", [lambda: None, io.BytesIO, OnlyWrites])  # BytesIO refuses text
 def test_whatever_is_wrong_with_stdout_the_work_goes_on(monkeypatch, make):
     """say never fails, and says what it can, whatever stands in place of stdout."""
     stream = make()
@@ -1128,8 +1117,9 @@ def test_a_run_saves_within_epochs(data, monkeypatch, capsys):
     monkeypatch.setattr(ddpm, "REPORT_EVERY", 5)
     monkeypatch.setattr(ddpm, "SAVE_EVERY", 3)
     monkeypatch.setattr(ddpm.Run, "save", lambda run, *args: saved.append(run.step))
-    assert train(data, "--epochs", 2) == 0
-    assert saved == [0, 3, 4, 6, 8]
+    monkeypatch.setattr(ddpm.UNet, "compile", lambda model: saved.append("compiled"))
+    assert train(data, "--epochs", 2, "--compile") == 0
+    assert saved == ["compiled", 0, 3, 4, 6, 8]
     assert re.findall(r"step (\d+) ", capsys.readouterr().out) == ["3", "4", "5", "6", "8"]
 
 
@@ -1177,6 +1167,7 @@ def test_every_image_once_an_epoch(data, monkeypatch):
         return torch.cat([images.flatten(1).long(), labels[:, None]], dim=1)
 
     def watched(model, ema, optimizers, x_0, y, step, total_steps):
+        assert total_steps in (5, 10)
         seen.append(rows(ddpm.to_bytes(x_0), y))
         noise.add(torch.randn(()).item())
         return torch.tensor(float(step))
@@ -1213,6 +1204,7 @@ def test_a_run_goes_on(data, finished, tmp_path):
     assert Image.open(folder / "samples_004.png") == Image.open(finished / "samples_004.png")
     assert train(data, "--out", folder, "--resume", "--epochs", 5) == 0
     assert log(folder)[:5] == log(finished) and len(log(folder)) == 6
+    assert (folder / "samples_005.png").exists()  # though only each second epoch is asked for
 
 
 OTHERWISE = {
@@ -1379,15 +1371,14 @@ def test_shipped_classifier():
     assert mean.shape == (64,) and cov.shape == (64, 64)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_shipped_weights(name):
-    """They fit the network, and most of what they draw can be read (digits only: the other classifier is not shipped)."""
-    model = ddpm.load_model(ddpm.ASSETS / f"{name}.pt")
-    assert model.config.dataset == name
+def test_shipped_weights():
+    """Both files of weights fit the network, and the digits drawn can be read (no other classifier is shipped)."""
+    for name in "fashion-mnist", "mnist":
+        model = ddpm.load_model(ddpm.ASSETS / f"{name}.pt")
+        assert model.config.dataset == name
     classifier, _, _ = ddpm.load_classifier("mnist", "nowhere", "cpu")
     probabilities, _ = ddpm.judge(classifier, ddpm.to_bytes(ddpm.sample(model, list(range(10)))))
-    right = (probabilities.argmax(dim=1) == torch.arange(10)).sum()
-    assert right >= 9 or name == "fashion-mnist"
+    assert (probabilities.argmax(dim=1) == torch.arange(10)).sum() >= 9
 
 
 @pytest.fixture
@@ -1537,13 +1528,13 @@ def test_film(weights, flags, labels, seeds, columns):
 def test_handwriting(weights, capsys):
     """All digits begin with the noise of the image; a digit that looks like another one is warned of."""
     four = HERE / "assets/hand_4.png"
-    assert sample("--like", four, "--like-label", 4, "--label", 7, "--out", "a.png") == 0
+    assert sample("--like", four, "--like-label", 4, "--label", 7, "--guidance", 0) == 0
     assert capsys.readouterr().err == ""
     x_T = ddpm.invert(weights, ddpm.read_digit(four), [4], steps=2)
-    expected = np.asarray(ddpm.to_image(ddpm.sample(weights, [7], steps=2, x_T=x_T)))
-    assert np.abs(pixels("a.png") - expected).max() <= 1
-    assert sample("--like", four, "--like-label", 9, "--label", 7, "--out", "b.png") == 0
-    assert "looks like 4" in capsys.readouterr().err
+    expected = np.asarray(ddpm.to_image(ddpm.sample(weights, [7], steps=2, guidance=0, x_T=x_T)))
+    assert np.abs(pixels("samples.png") - expected).max() <= 1
+    assert sample("--like", four, "--like-label", 9) == 0
+    assert "looks like 4" in capsys.readouterr().err and Image.open("samples.png").size == (298, 28)
 
 
 def test_shapes(capsys):
@@ -1568,6 +1559,7 @@ MUST_FAIL = """
 2 sample --device abacus
 2 train --dataset dogs
 2 train --epochs 0
+2 train --timesteps 1
 2 train --lr nan
 2 train --schedule quadratic
 2 train --channels 4 x
@@ -1576,34 +1568,35 @@ MUST_FAIL = """
 2 evaluate --count 1
 2 evaluate --label 3
 2 shapes --channels 0
-1 sample --label 10
-1 sample --label=-1
-1 sample --label three
-1 sample --checkpoint folder
-1 sample --checkpoint missing.pt
-1 sample --checkpoint undropped.pt
-1 sample --out file
-1 sample --out file/a.png
-1 sample --out folder
-1 sample --out row.jpg
-1 sample --gif film.png
-1 sample --gif file/film.gif
-1 sample --gif film.gif --count 300
-1 sample --like hand.png
-1 sample --like-label 4
-1 sample --like hand.png --like-label 4 --eta 1
-1 sample --like hand.png --like-label 12
-1 sample --like file --like-label 4
-1 sample --like blank.png --like-label 4
-1 sample --like hand.png --like-label 4 --checkpoint colour.pt
-1 train --resume
-1 train --resume --out folder
-1 train --out folder
-1 train --out file
-1 train --out file/run
-1 train --data-dir file
-1 evaluate --data-dir file
-1 evaluate --checkpoint unknown.pt
+1 sample --label 10 # choose from 0, 1
+1 sample --label=-1 # choose from
+1 sample --label three # choose from
+1 sample --checkpoint folder # cannot read folder
+1 sample --checkpoint missing.pt # cannot read missing.pt
+1 sample --checkpoint undropped.pt # --guidance 1
+1 sample --out file # cannot write into file
+1 sample --out file/a.png # cannot write file/a.png
+1 sample --out folder # has images
+1 sample --out row.jpg # .png
+1 sample --gif film.png # .gif
+1 sample --gif file/film.gif # cannot write file/film.gif
+1 sample --gif film.gif --count 300 # 256 images
+1 sample --like hand.png # --like-label
+1 sample --like-label 4 # --like needs
+1 sample --like hand.png --like-label 4 --eta 1 # --eta 0
+1 sample --like hand.png --like-label 12 # choose from
+1 sample --like hand.png --like-label 4 --count 2 # no --count
+1 sample --like file --like-label 4 # as an image
+1 sample --like blank.png --like-label 4 # shows no digit
+1 sample --like hand.png --like-label 4 --checkpoint colour.pt # grey
+1 train --resume # cannot read runs/mnist/checkpoint.pt
+1 train --resume --out folder # cannot read folder/checkpoint.pt
+1 train --out folder # not empty
+1 train --out file # cannot write file/checkpoint.pt
+1 train --out file/run # cannot write file/run/checkpoint.pt
+1 train --data-dir file # file/MNIST/raw
+1 evaluate --data-dir file # file/MNIST/raw
+1 evaluate --checkpoint unknown.pt # no data set called dogs
 1 sample --out """
 MUST_FAIL += 300 * "a" + ".png"
 
@@ -1629,6 +1622,7 @@ def everything():
 @pytest.mark.parametrize("line", MUST_FAIL.strip().splitlines())
 def test_commands_that_must_fail(data, capsys, line):
     """A wrong flag ends with the usage and status 2, all else with one line and 1; nothing is written."""
+    line, _, words = line.partition(" # ")
     status, command, *flags = line.split()
     write_weights("weights.pt")
     write_weights("colour.pt", image_channels=3)
@@ -1649,7 +1643,7 @@ def test_commands_that_must_fail(data, capsys, line):
             run(command, *flags)
         assert stop.value.code == 2 and "usage: ddpm.py" in capsys.readouterr().err
     else:
-        error_of(capsys, command, *flags)
+        assert words in error_of(capsys, command, *flags)
     assert everything() == before
 
 
