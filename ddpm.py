@@ -536,13 +536,13 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # any smaller t.
 #
 # DDIM takes x̂_0 and adds noise to it again, but only as much as x_{t-1} has. A part of that noise
-# is fresh, with standard deviation σ_t. The rest is the predicted noise, reused:
+# is fresh, with standard deviation σ_t. The rest is the noise that x_t already has, as predicted:
 #
 #     Eq. 12:  x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
 #
 # If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the
 # two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
-# stand in for the true values. A short step errs little, since they are renewed after it.
+# stand in for the true values. A short step errs little, since they change little within it.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
 # in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
@@ -552,18 +552,18 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # them less closely; README.md measures what that costs.
 #
 # A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. Its value half a
-# step ahead would suit the whole step better. If x̂_0 goes on changing as in the step before, it is
+# step ahead is closer to its mean over the step. If x̂_0 goes on changing as before, that value is
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
-# That makes the method one of second order: twice the steps, a quarter of the error, or nearly (Lu
-# et al. 2022, arXiv 2211.01095, Algorithm 2, with all steps taken as equally long). The samplers of
-# section 7 do so if η = 0. With fresh noise, the change of x̂_0 is a matter of chance, too.
+# That makes all steps but the last ones of second order: with twice as many steps, the error falls
+# to nearly a quarter, not to a half (Lu et al. 2022, arXiv 2211.01095, Algorithm 2, with all r_i
+# taken as 1). sample_steps, in section 7, does so if η = 0. With fresh noise, how x̂_0 changes is a
+# matter of chance, too.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the last t before it, noise is still easy to see: with 25 steps of the linear schedule,
-# its standard deviation is 0.14. The last step removes it all, since at ᾱ = 1 only x̂_0 is left of
-# Eq. 12.
+# its standard deviation is 0.14. The last step removes it all: at ᾱ = 1, only x̂_0 is left of Eq. 12.
 
 
 def visited_steps(T, steps):
@@ -638,9 +638,9 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 #
 # With guidance, a classifier recognises more of the images. The price is variety, since unusual
 # fours are harder to recognise. FID, the distance between drawn and real images (section 12), sees
-# both: it falls as badly drawn digits become rare, and rises as variety goes. Of 2000 digits,
-# 98.15 % were read right without guidance, with an FID of 0.057; 99.70 % and 0.061 with the
-# defaults below; 99.85 % and 0.091 with S = 2.6 (README.md).
+# both: badly drawn digits raise it, and so does lost variety. Of 2000 digits, 98.15 % were read
+# right without guidance, with an FID of 0.057; 99.70 % and 0.061 with the defaults below; 99.85 %
+# and 0.091 with S = 2.6 (README.md).
 
 # The defaults, chosen by label accuracy and FID (linear schedule, seeds 3 and 5).
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 25, 1.9, (0.25, 0.45)  # the interval is in shares of T
@@ -723,8 +723,8 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
 
     labels             (N,) integers, a list or a tensor
     steps              at least 1; more than T count as T
-    eta                in [0, 1], scales the fresh noise; with 1 and T steps this is Algorithm 2, else DDIM, and
-                       with 0 of second order
+    eta                in [0, 1], scales the fresh noise; with 1 and T steps this is Algorithm 2, else DDIM, which
+                       with 0 looks half a step ahead
     guidance           S >= 0; 1 turns it off
     guidance_interval  (low, high), the shares of T between which an S above 1 applies
     seeds              N integers, by default 0..N-1
@@ -789,13 +789,12 @@ def invert(model, x_0, labels, steps=STEPS):
     eps = seeded_randn_like(range(len(y)))(x_0)
     x_t = q_sample(x_0, upwards[0], eps, alphas_cumprod)
     for t, t_next in zip(upwards, upwards[1:]):
-        # To undo the step down from t_next exactly, the network would have to be called at t_next
-        # with x at t_next, which is not known yet. It is called with the known x_t instead and, as
-        # a compromise, at a t half way. At t, the image would come back less closely (a test shows
-        # it).
+        # The step down from t_next calls the network at t_next with x at t_next, which is not known
+        # yet. Here it is called with the known x_t instead and, as a compromise, at a t half way.
+        # At t, the image would come back less closely (a test shows it).
         eps_hat = model(x_t, (t + t_next) // 2, y)
         # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is
-        # clipped, since clipped values would be lost on the way back.
+        # clipped, since what is cut off would be missing on the way back.
         alpha_bar = alphas_cumprod[t].view(-1, 1, 1, 1)
         x_0_hat = (x_t - (1 - alpha_bar).sqrt() * eps_hat) / alpha_bar.sqrt()
         x_t = q_sample(x_0_hat, t_next, eps_hat, alphas_cumprod)
