@@ -556,10 +556,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
-# That makes all steps but the last ones of second order: with twice as many steps, the error falls
-# to nearly a quarter, not to a half (Lu et al. 2022, arXiv 2211.01095, Algorithm 2, with all r_i
-# taken as 1). sample_steps, in section 7, does so if η = 0. With fresh noise, how x̂_0 changes is a
-# matter of chance, too.
+# That makes all steps but the first and the last of second order: with twice as many, the error
+# falls to nearly a quarter, not to half (Lu et al. 2022, arXiv 2211.01095, Algorithm 2, with all
+# r_i taken as 1). sample_steps, in section 7, does so if η = 0. With fresh noise, how x̂_0 changes
+# is a matter of chance, too.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the last t before it, noise is still easy to see: with 25 steps of the linear schedule,
