@@ -345,9 +345,9 @@ class UNet(nn.Module):
                 size = skips[level - 1].shape[2:]
                 h = F.interpolate(h, size=size, mode="nearest")  # (B, 128, 7, 7)
 
-        v = self.conv_out(F.silu(self.norm_out(h)))  # (B, 1, 28, 28)
+        v = self.conv_out(F.silu(self.norm_out(h)))  # v_θ (B, 1, 28, 28)
         alpha_bar = self.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B, 1, 1, 1)
-        # ε_θ = √ᾱ_t v_θ + √(1-ᾱ_t) x_t, with the v_θ that was just computed
+        # ε_θ = √ᾱ_t v_θ + √(1-ᾱ_t) x_t
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t
 
 
@@ -723,8 +723,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
 
     labels             (N,) integers, a list or a tensor
     steps              at least 1; more than T count as T
-    eta                in [0, 1], scales the fresh noise; with 1 and T steps this is Algorithm 2, else DDIM, which
-                       with 0 looks half a step ahead
+    eta                in [0, 1], scales the fresh noise; 1 with T steps is Algorithm 2, 0 is of second order
     guidance           S >= 0; 1 turns it off
     guidance_interval  (low, high), the shares of T between which an S above 1 applies
     seeds              N integers, by default 0..N-1
@@ -745,7 +744,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     predict = guided(model, guidance, guidance_interval)
     if eta == 1 and steps >= config.timesteps:
         return ddpm_sampler(predict, x_T, y, cumulative_alphas(config), randn_like)
-    ahead = 0.5 if eta == 0 else 0
+    ahead = 0.5 if eta == 0 else 0  # section 6
     return ddim_sampler(predict, x_T, y, cumulative_alphas(config), steps, eta, randn_like, ahead)
 
 

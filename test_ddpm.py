@@ -491,7 +491,7 @@ def test_path_to_known_data():
 
     x_T = normal(1, 1, 8, 8)
     x_0 = ddpm.sample(Fake(mean_noise), [3], steps=T, guidance=1, x_T=x_T)
-    close(x_0, 0.3 * x_T, 0.005)  # with steps of first order, up to 0.04
+    close(x_0, 0.3 * x_T, 0.005)  # steps of first order err by up to 0.04
 
 
 def test_each_seed_has_a_stream():
@@ -671,7 +671,7 @@ def test_precision(monkeypatch, bfloat16):
 
 
 def test_train_step():
-    """A step noises the images, sets the rate of the curve and moves all weights, and the average follows."""
+    """A step draws t, noises the images, sets the rate of the curve and moves all weights, and the average follows."""
     torch.manual_seed(0)
     model, seen = random_unet(class_dropout=0).requires_grad_(True), []
     model.register_forward_pre_hook(lambda model, inputs: seen.extend(inputs))
