@@ -527,8 +527,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # 6. DDIM: fewer steps
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# Algorithm 2 calls the network 1000 times. With DDIM (Song et al. 2020, arXiv 2010.02502), a few
-# dozen calls are enough. In this section, Eq. 12 and Eq. 16 are theirs.
+# Algorithm 2 calls the network 1000 times. With DDIM (Song et al. 2020, arXiv 2010.02502), a
+# dozen or two are enough. In this section, Eq. 12 and Eq. 16 are theirs.
 #
 # Training uses only q(x_t | x_0), and never sees x_t and x_{t-1} together. So any update is allowed
 # whose x_{t-1}, given x_0, has the distribution of Eq. 4 again: the image scaled by √ᾱ_{t-1}, and
@@ -551,38 +551,47 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # like x_0 (Song, Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow
 # them less closely; README.md measures what that costs.
 #
+# Which t's to visit? With the linear schedule, evenly spaced ones would waste steps: in the noisiest
+# third, ᾱ_t is below 0.011, and x̂_0 is a blur that hardly changes. Section 3 rotates (x_0, ε) into
+# (x_t, v), by an angle whose cosine is √ᾱ_t: almost 0° for a clean image, almost 90° for pure noise.
+# The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far: if δ
+# is the angle between two of them, Eq. 12 becomes x_{t-1} = cos δ x_t - sin δ v.
+#
 # A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. Its value half a
 # step ahead is closer to its mean over the step. If x̂_0 goes on changing as before, that value is
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
 # That makes all steps but the first and the last of second order: with twice as many, the error
-# falls to nearly a quarter, not to half (Lu et al. 2022, arXiv 2211.01095, Algorithm 2, with all
-# r_i taken as 1). sample_steps, in section 7, does so if η = 0. With fresh noise, how x̂_0 changes
-# is a matter of chance, too.
+# falls to nearly a quarter, not to half (Lu et al. 2022, arXiv 2211.01095, Algorithm 2, with r_i,
+# the ratios of its steps, taken as 1). sample_steps, in section 7, does so if η = 0. With fresh
+# noise, how x̂_0 changes is a matter of chance, too.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
-# is 1. At the last t before it, noise is still easy to see: with 25 steps of the linear schedule,
-# its standard deviation is 0.14. The last step removes it all: at ᾱ = 1, only x̂_0 is left of Eq. 12.
+# is 1. At the last t before it, noise is still easy to see: with 12 steps of the linear schedule,
+# its standard deviation is 0.13. The last step removes it all: at ᾱ = 1, only x̂_0 is left of Eq. 12.
 
 
-def visited_steps(T, steps):
-    """The t's that a sampler visits: evenly spaced integers from T-1 (noise) down to -1 (the clean image).
+def visited_steps(alphas_cumprod, steps):
+    """The t's that a sampler visits, as a list: from T-1 (noise) down to -1 (the clean image), evenly spaced in angle.
 
-    For T = 1000 and 20 steps: 999, 949, ..., 49, -1. Returns min(steps, T) + 1 integers.
+    alphas_cumprod (T,), float64. For 5 steps of the linear schedule with T = 1000: 999, 477, 320, 200, 95, -1. With so
+    many steps that two would have the same t, it is visited once.
     """
-    return torch.linspace(T - 1, -1, min(steps, T) + 1, dtype=torch.float64).round().int().tolist()
+    angles = alphas_cumprod.sqrt().arccos()  # (T,), from almost 0° to almost 90°, in radians
+    wanted = torch.linspace(0, angles[-1].item(), min(steps, len(angles)) + 1, dtype=torch.float64)[1:]
+    visited = torch.searchsorted(angles, wanted)  # for each, the first t with at least that angle
+    return [*visited.unique().flip(0).tolist(), -1]
 
 
 @torch.no_grad()
-def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch.randn_like, ahead=0.0):
+def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=torch.randn_like, ahead=0.0):
     """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler.
 
-    steps >= 1 is the number of steps; eta in [0, 1] scales the fresh noise; ahead is how far x̂_0 is advanced, as a
+    visited lists the t's, falling to -1; eta in [0, 1] scales the fresh noise; ahead is how far x̂_0 is advanced, as a
     share of a step: 0 for DDIM as published, 0.5 for second order. The other arguments are those of ddpm_sampler. In
     the comments, t-1 stands for t_prev, the next t visited.
     """
-    visited = visited_steps(len(alphas_cumprod), steps)
     alpha_bars = alphas_cumprod.tolist()
     x_t, x_0_before = x_T, None
     for t, t_prev in zip(visited, visited[1:]):
@@ -642,8 +651,8 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, steps, eta=0.0, randn_like=torch
 # right without guidance, with an FID of 0.057; 99.70 % and 0.061 with the defaults below; 99.85 %
 # and 0.091 with S = 2.6 (README.md).
 
-# The defaults, chosen by label accuracy and FID (linear schedule, seeds 3 and 5).
-STEPS, GUIDANCE, GUIDANCE_INTERVAL = 25, 1.9, (0.25, 0.45)  # the interval is in shares of T
+# The defaults, chosen by label accuracy and FID (linear schedule, evaluate with seeds 3 and 5).
+STEPS, GUIDANCE, GUIDANCE_INTERVAL = 12, 1.7, (0.25, 0.45)  # the interval is in shares of T
 
 
 def guided(model, scale, interval=GUIDANCE_INTERVAL):
@@ -722,7 +731,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     The last x_t is the image.
 
     labels             (N,) integers, a list or a tensor
-    steps              at least 1; more than T count as T
+    steps              at least 1; more than T count as T, and no t is visited twice
     eta                in [0, 1], scales the fresh noise; 1 with T steps is Algorithm 2, 0 is of second order
     guidance           S >= 0; 1 turns it off
     guidance_interval  (low, high), the shares of T between which an S above 1 applies
@@ -742,10 +751,12 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
         x_T = randn_like(torch.empty(shape, dtype=torch.float32, device=device))
     x_T = x_T.expand(len(y), -1, -1, -1)
     predict = guided(model, guidance, guidance_interval)
+    alphas_cumprod = cumulative_alphas(config)
     if eta == 1 and steps >= config.timesteps:
-        return ddpm_sampler(predict, x_T, y, cumulative_alphas(config), randn_like)
+        return ddpm_sampler(predict, x_T, y, alphas_cumprod, randn_like)
+    visited = visited_steps(alphas_cumprod, steps)
     ahead = 0.5 if eta == 0 else 0  # section 6
-    return ddim_sampler(predict, x_T, y, cumulative_alphas(config), steps, eta, randn_like, ahead)
+    return ddim_sampler(predict, x_T, y, alphas_cumprod, visited, eta, randn_like, ahead)
 
 
 def sample(model, labels, **options):
@@ -765,8 +776,8 @@ def sample(model, labels, **options):
 # the weight of the stroke. Sampled with another label, it gives another digit in the same hand.
 #
 # But in a perfectly clean image the network finds almost no noise, so the image would stay almost
-# clean on its way up, far from the pure noise that a sampler expects. The image therefore first
-# gets the noise of the lowest level visited, by Eq. 4. That draw has a fixed seed; it is the only
+# noiseless on its way up, far from the pure noise that a sampler expects. The image therefore first
+# gets the noise of the lowest level visited, by Eq. 4. Its seeds are fixed; it is the only
 # random part.
 #
 # Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo.
@@ -783,8 +794,8 @@ def invert(model, x_0, labels, steps=STEPS):
     """
     y = checked(labels, model)
     alphas_cumprod = model.alphas_cumprod
-    downwards = visited_steps(len(alphas_cumprod), steps)[:-1]  # 999, 959, ..., 39 if there are 25
-    upwards = [torch.full_like(y, t) for t in reversed(downwards)]  # 39, 79, ..., 999, each (N,)
+    downwards = visited_steps(cumulative_alphas(model.config), steps)[:-1]  # 999, 626, ..., 37 if there are 12
+    upwards = [torch.full_like(y, t) for t in reversed(downwards)]  # 37, 78, ..., 999, each (N,)
     eps = seeded_randn_like(range(len(y)))(x_0)
     x_t = q_sample(x_0, upwards[0], eps, alphas_cumprod)
     for t, t_next in zip(upwards, upwards[1:]):
