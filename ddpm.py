@@ -21,8 +21,8 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     betas           β_t, variance of the noise that step t adds; α_t = 1-β_t                          (T,)
     alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t; in x_t, the image x_0 is scaled by √ᾱ_t                   (T,)
 
-The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Equations, and comments on
-them, number the steps as in the paper. x_0 is always the clean image.
+The paper counts t = 1..T, the code t = 0..T-1, so alphas_cumprod[t] is the paper's ᾱ_{t+1}. Symbols such as ᾱ_t and
+x_{t-1}, in equations and comments, number the steps as in the paper. x_0 is always the clean image.
 
     python ddpm.py sample --label 3      draw threes, with your newest weights or those in assets/
     python ddpm.py train                 train on MNIST, into runs/mnist
@@ -113,7 +113,7 @@ def beta_schedule(schedule, timesteps):
         betas = 1 - f[1:] / f[:-1]  # f(0) cancels
     else:
         raise ValueError(f"no schedule is called {schedule!r}: choose from {SCHEDULES}")
-    # A β_t ≥ 1 (cosine; linear with few steps) would make ᾱ_t ≤ 0, and sampling divides by √ᾱ_t.
+    # A β_t ≥ 1 (cosine; linear with few steps) could make ᾱ_t ≤ 0, and sampling divides by √ᾱ_t.
     return betas.clamp(max=0.999)
 
 
@@ -156,7 +156,7 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #
 # Input: a noisy image, the step t and the class y. Output: the noise in the image. (The last layer gives a tensor v,
 # and a fixed formula turns v into the noise; both are explained above class UNet.) The network needs to see the whole
-# (is this going to be a three?) and every single pixel. On the way down, to see the whole, it halves the image three
+# (which strokes belong together?) and every single pixel. On the way down, to see the whole, it halves the image three
 # times and doubles the channels. On the way up, it returns to full size. Skip connections hand the details across.
 #
 #     x_t (1, 28, 28)                                               v (1, 28, 28), from which eps_hat follows
@@ -278,10 +278,10 @@ class Attention(nn.Module):
 # The left column rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right column rotates
 # it back; its first line is how UNet computes ε. Why v? It is roughly what x_t does not show: about ε at small t, where
 # x_t is almost x_0, and about -x_0 at large t, where x_t is almost ε. A network that predicts ε at large t has to copy
-# x_t almost exactly; only the tiny difference tells of the image.
+# x_t almost exactly; only the tiny difference carries information about the image.
 #
-# This tames errors, too. By the right column, an error of size δ in v is one of √ᾱ_t δ in ε and of √(1-ᾱ_t) δ in x̂_0:
-# never more than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
+# This tames errors, too. By the right column, an error δ in v becomes √ᾱ_t δ in ε and √(1-ᾱ_t) δ in x̂_0 (up to the
+# sign): never more than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
 
 
 class UNet(nn.Module):
@@ -363,15 +363,15 @@ class UNet(nn.Module):
 #                     take a gradient step on ‖ε - ε_θ(√ᾱ_t x_0 + √(1-ᾱ_t) ε, t, y)‖²
 #
 # What does the network learn? The minimiser of a squared error is the conditional mean: the best prediction is
-# E[ε | x_t, y], the mean of all possible ε, each counted by its probability. By Eq. 4, which is linear, it implies the
+# E[ε | x_t, y], the mean of all possible ε, each weighted by its probability. By Eq. 4, which is linear, it implies the
 # mean of all possible x_0. At small t that is one image; at large t, where many are possible, it is a blur.
 #
 # Where does the loss come from? In outline (this can wait until section 5 has been read): a bound on -log p, p being
-# the probability of the training images, is a sum over the steps. All terms but the first and the last measure by the
-# KL divergence how far two Gaussians are apart: the step backwards that would be right if x_0 were known, and the
-# network's, with x̂_0 in its place. With equal variances, such a term is a weighted squared distance between the means,
-# so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et al. got better images when they dropped these
-# weights, which are largest at small t.
+# the probability that the model gives to the training images, is a sum over the steps. All terms but the first and the
+# last measure by the KL divergence how far two Gaussians are apart: the step backwards that would be right if x_0 were
+# known, and the network's, with x̂_0 in its place. With equal variances, such a term is a weighted squared distance
+# between the means, so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et al. got better images when
+# they dropped these weights, which are largest at small t.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -379,9 +379,9 @@ class UNet(nn.Module):
 #     ε - ε_θ = √ᾱ_t (v - v_θ)        v_θ is what the last layer predicts
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
-# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code multiplies by 1/√ᾱ_t,
-# the geometric mean of the two. With it, images of README.md's small network had the best FID (section 12; lower is
-# better): 0.331, against 0.436 for L_simple and 0.414 for the loss of v (t drawn uniformly, no guidance).
+# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code takes a middle way: the
+# factor 1/√ᾱ_t, so its loss is √ᾱ_t ‖v - v_θ‖². With it, images of README.md's small network had the best FID (section
+# 12; lower is better): 0.331, against 0.436 for L_simple and 0.414 for the loss of v (t drawn uniformly, no guidance).
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -392,7 +392,7 @@ def ddpm_loss(model, x_0, y, t=None):
     """The loss of one batch in Algorithm 1: L_simple (Ho et al. 2020, Eq. 14), weighted by 1/√ᾱ_t.
 
     x_0 (B, C, H, W) in [-1, 1]; y (B,) classes, of which the share config.class_dropout is dropped; t (B,) in 0..T-1,
-    drawn uniformly if it is None. Returns a scalar.
+    drawn uniformly if it is None (section 9 gives its own). Returns a scalar.
     """
     B, device = len(x_0), x_0.device
     if t is None:
@@ -424,8 +424,8 @@ def ddpm_loss(model, x_0, y, t=None):
 #     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))        as α_t (1-ᾱ_{t-1}) + β_t = 1-ᾱ_t
 #     μ̃_t = β̃_t ((√α_t / β_t) x_t + (√ᾱ_{t-1} / (1-ᾱ_{t-1})) x_0)                 multiplied out: Eq. 7, in posterior()
 #
-# Before the first step there is no noise, so ᾱ_0 = 1. At t = 1, the second curve then has no width, so β̃_1 = 0: where
-# x_0 is known, the last step back is certain.
+# Before the first step there is no noise, so ᾱ_0 = 1. At t = 1, the second curve then has no width, so β̃_1 = 0 and
+# μ̃_1 = x_0: where x_0 is known, the last step back is certain.
 #
 # But x_0 is not known. The network's ε_θ implies an estimate x̂_0 of it (Eq. 15), and x̂_0 takes its place. It is the
 # mean of all possible x_0, which at large t is a blur. Why may it stand in for x_0? Because μ̃_t is linear in x_0, the
@@ -433,9 +433,8 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Given x_t, x_{t-1} is nearly Gaussian (section 1). As pixels lie in [-1, 1], its variance, averaged over pixels and
-# x_t, lies between β̃_t and β_t, the two extreme cases below (cf. Ho et al., section 3.2). The code takes β̃_t: a step
-# back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
+# Given x_t, x_{t-1} is nearly Gaussian (section 1), with a variance between β̃_t and β_t (below). The code takes β̃_t: a
+# step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -445,10 +444,11 @@ def ddpm_loss(model, x_0, y, t=None):
 # it is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
-# consists of a single image, so that x_0 is known. The second is right if the data is standard normal: then so are
-# x_{t-1} and x_t, their correlation is √α_t, and given x_t, x_{t-1} has the variance 1-α_t = β_t. With β̃_t, z = 0
-# changes nothing, as β̃_1 = 0. With β_t, z = 0 omits a last noise that would hardly be visible: its standard deviation
-# is √β_1 = 0.01, about one step between grey values (2/255).
+# consists of a single image, so that x_0 is known. If not, the variance of μ̃_t(x_t, x_0) given x_t comes on top: that
+# of x_0 given x_t, times the square of its weight in Eq. 7. Averaged over pixels and x_t, that of x_0 is at most 1-ᾱ_t,
+# because pixels lie in [-1, 1] and so the guess √ᾱ_t x_t has no larger mean squared error. With 1-ᾱ_t, the sum is just
+# β_t; this is right for standard normal data, where no guess is better. With β̃_t, z = 0 changes nothing, as β̃_1 = 0.
+# With β_t, it omits a last noise of standard deviation √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -501,7 +501,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         yield x_t, x_0_hat
 
 
-# This is the method of DDPM, with five later additions: the class and its dropping, the cosine schedule, the scale and
+# This is the method of DDPM, with five later additions: classes and label dropping, the cosine schedule, the scale and
 # shift in each block, v, and the weight of the loss. You may stop here. The rest makes it faster, better and more
 # convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with classes y (B,), and a
 # config, these lines train, and then draw an image for each label of the last batch; the last x_t holds the images:
@@ -544,8 +544,9 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
 # stand in for the true values. A short step errs little, since they change little within it.
 #
-# The fresh part is σ_t = η √β̃_t (Eq. 16). With η = 1 and all T steps, DDIM is Algorithm 2, written
-# in terms of x̂_0 and ε_θ instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
+# The fresh part is σ_t = η √β̃_t (Eq. 16), with β̃_t of this longer step: that of Eq. 7, where α_t is
+# ᾱ_t / ᾱ_{t-1}. With η = 1 and all T steps, DDIM is Algorithm 2, written in terms of x̂_0 and ε_θ
+# instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
 # As T and the number of steps grow, the path approaches a smooth curve, the solution of a
 # differential equation. For a perfect network, these curves carry pure noise to images distributed
 # like x_0 (Song, Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow
@@ -555,20 +556,23 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # third, ᾱ_t is below 0.011, and x̂_0 is a blur that hardly changes. Section 3 rotates (x_0, ε) into
 # (x_t, v), by an angle whose cosine is √ᾱ_t: almost 0° for a clean image, almost 90° for pure noise.
 # The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far: if δ
-# is the angle between two of them, Eq. 12 becomes x_{t-1} = cos δ x_t - sin δ v. With only 5 steps,
-# 2000 digits have an FID of 0.066, and 99.0 % of them are read right (section 12); with evenly spaced
-# t's, it is 0.130 and 99.7 %. With more steps, the two spacings differ less.
+# is the angle between two of them, Eq. 12 becomes x_{t-1} = cos δ x_t - sin δ v. (Put in x̂_0 and ε_θ
+# by section 3's right column.) With only 5 steps, 2000 digits have an FID of 0.066 (section 12; lower
+# is better), and a classifier reads 99.0 % of them right. With evenly spaced t's, they are easier to
+# read, 99.7 %, but the FID is 0.130. With more steps, the two spacings differ less.
 #
-# A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. Its value half a
-# step ahead is closer to its mean over the step. If x̂_0 goes on changing as before, that value is
+# A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. To follow the path
+# exactly, Eq. 12 would need a weighted mean of x̂_0 over the step. The value half a step ahead is
+# close to it. If x̂_0 goes on changing as before, that value is
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
-# Eq. 12 takes this as x̂_0, and as ε_θ the noise that goes with it, by Eq. 4. All steps but the first
-# and the last are then of second order: with twice as many, the error falls to nearly a quarter,
-# not to half (Lu et al. 2022, arXiv 2211.01095, Algorithm 2, with r_i, the ratios of its steps,
-# taken as 1). sample_steps, in section 7, does so if η = 0. With fresh noise, how x̂_0 changes is a
-# matter of chance, too.
+# In Eq. 12 it replaces x̂_0, and the noise that goes with it, by Eq. 4, replaces ε_θ. The steps are
+# then of second order, except the first, which has none before it, and the last, in which the weights
+# lie at the end: with twice as many steps, the error falls to nearly a quarter, not to half. (This is
+# Algorithm 2 of Lu et al. 2022, arXiv 2211.01095, with 1 for r_i, the ratio of two steps in their
+# measure of noise, since ours are equal in angle.) sample_steps, in section 7, does so if η = 0. With
+# fresh noise, how x̂_0 changes is a matter of chance, too.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the last t before it, noise is still easy to see: with 12 steps of the linear schedule,
@@ -612,7 +616,7 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
         _, deviation = posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)  # √β̃_t
         sigma = eta * deviation
         # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
-        reused = math.sqrt(1 - alpha_bar_prev - sigma**2)
+        reused = math.sqrt(max(0, 1 - alpha_bar_prev - sigma**2))  # not below 0 by rounding
         x_t = math.sqrt(alpha_bar_prev) * x_0_hat + reused * eps_hat
         if sigma > 0:
             x_t = x_t + sigma * randn_like(x_t)
@@ -631,8 +635,8 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
 #
 # S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0
 # (before clipping): it moves from "a digit" to "a four" and further. Why does that make a four look
-# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) in x_t is -ε / √(1-ᾱ_t). Its mean
-# over all x_0 that are possible given x_t is the gradient of log q(x_t):
+# more like a four? By Eq. 4, the gradient of log q(x_t | x_0) with respect to x_t is -ε / √(1-ᾱ_t).
+# Its mean over all x_0 that are possible given x_t is, by Bayes' theorem, that of log q(x_t):
 #
 #     E[∇ log q(x_t | x_0) | x_t] = ∫ q(x_0) ∇q(x_t | x_0) dx_0 / q(x_t) = ∇q(x_t) / q(x_t)
 #
@@ -686,7 +690,7 @@ def has_bfloat16(device):
     """Whether the device has bfloat16 in hardware: CUDA GPUs from Ampere on, CPUs with AVX512_BF16.
 
     Convolutions are faster in it. It has the range of float32, but only 8 bits of precision. That is enough inside
-    the network: an error of v does not grow in x_0_hat (section 3).
+    the network: an error of v does not grow in x_0_hat (section 3), unless S is large.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -780,8 +784,8 @@ def sample(model, labels, **options):
 #
 # But in a perfectly clean image the network finds almost no noise, so the image would stay almost
 # noiseless on its way up, far from the pure noise that a sampler expects. The image therefore first
-# gets the noise of the lowest level visited, by Eq. 4. Its seeds are fixed; it is the only random
-# part.
+# gets the noise of the lowest level visited, by Eq. 4. It is the only random part, and its seeds
+# are fixed.
 #
 # Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo.
 # Unguided sampling from that noise nearly returns the image. The sample command guides all the
@@ -831,8 +835,8 @@ def invert(model, x_0, labels, steps=50):
 # al. 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
-# read as matrices, Muon does better (below): with AdamW alone, the small network of the README has
-# an FID of 0.390 instead of 0.128 (guided, uniform t, Muon without weight decay). Everything else
+# read as matrices, Muon does better (below): guided, with uniform t, the small network of the README
+# has an FID of 0.390 with AdamW alone and 0.128 with Muon (without weight decay). Everything else
 # is left to AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of
 # the class.
 #
@@ -843,7 +847,7 @@ def invert(model, x_0, labels, steps=50):
 #
 # The weights for sampling are an exponential moving average (EMA) of the trained weights, over
 # roughly the last 1000 steps. Each step sees one batch with random t and noise, so the weights
-# jitter from step to step; their average does not. In the first 9000 steps it covers less, about a
+# jitter from step to step, and their average much less. In the first 9000 steps it covers less, about a
 # tenth of the steps so far, to forget the random first weights sooner.
 
 
@@ -866,7 +870,7 @@ class Muon(torch.optim.Optimizer):
     by bringing the singular values of the momentum matrix close to each other. The weight of a convolution is such a
     matrix, (out, in·kernel height·kernel width).
 
-    Each step also shrinks the weights, by the share lr (weight decay; Liu et al. 2025, arXiv 2502.16982). Without it,
+    Each step also multiplies the weights by 1 - lr (weight decay; Liu et al. 2025, arXiv 2502.16982). Without it,
     they tend to grow. The first convolution of a block is followed by a normalization, which cancels the scale of its
     weights; so the larger these are, the less a step changes.
 
@@ -889,7 +893,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrix):
-    """A matrix divided by its norm, with singular values brought closer to 1 by three Newton-Schulz steps.
+    """A matrix divided by its norm, its singular values brought close to each other by three Newton-Schulz steps.
 
     Each step applies p(s) = 3.4445 s - 4.7750 s³ + 2.0315 s⁵ to all singular values s, because X Xᵀ X has the same
     singular vectors as X, and the cubes of the singular values. Three steps bring those above 0.02 to about 0.7 to 1.2,
@@ -1069,8 +1073,8 @@ def load_dataset(name, data_dir, train=True):
 # weights as float16, and the Config. checkpoint.pt is for resuming. It needs all that it
 # holds: without the optimizers' averages, the next steps would have wrong directions and lengths;
 # without the trained weights, training would go on from the averaged ones; without the averaged
-# weights, the average would start anew; without the step number, so would the learning rate and the
-# order of the images. Both files hold tensors and plain values and are read with weights_only=True,
+# weights, the average would start anew; without the step number, the learning rate and the order of
+# the images would start anew, too. Both files hold tensors and plain values and are read with weights_only=True,
 # since unpickling can run arbitrary code.
 
 FORMAT = 2  # of all files; raise it when old files would be misread
@@ -1078,12 +1082,12 @@ FORMAT = 2  # of all files; raise it when old files would be misread
 
 @contextmanager
 def replacing(path):
-    """with replacing(path) as file: what is written to file is collected in memory and then
-    replaces path, which is never half written.
+    """with replacing(path) as file: what is written to file is collected in memory, then written to
+    a temporary file, and that replaces path, which is never half written.
 
     Raises UserError at once if path cannot be written, before any work is spent on its contents.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with explained(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -1111,10 +1115,10 @@ def save(contents, path):
 
 def load(path):
     """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or something else."""
-    with explained(f"cannot read {path} as a file of this version of ddpm.py"):
+    with explained(f"cannot read {path}"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
-        config = contents.get("config", {"prediction": Config.prediction})  # a classifier has none
-        if contents["format"] != FORMAT or config["prediction"] != Config.prediction:
+        config = contents.get("config")  # a classifier has none
+        if contents["format"] != FORMAT or (config and config["prediction"] != Config.prediction):
             raise ValueError("it is from another version, or its network predicts something else")
     return contents
 
@@ -1286,9 +1290,9 @@ class Run:
     def save(self, out, sample_every):
         """Writes checkpoint.pt, from which the run goes on as if it had never stopped, and then the other files.
 
-        Those follow from the state. If one cannot be written, the next save tries again, and so does --resume; only
-        the samples_EPOCH.png of an earlier epoch stays missing. Raises UserError if checkpoint.pt cannot be written, if
-        the weights are not finite, or if another file cannot be written at the last step.
+        Those can be made again from checkpoint.pt. If one cannot be written, the next save tries again, and so does
+        --resume; only the samples_EPOCH.png of an earlier epoch stays missing. Raises UserError if checkpoint.pt cannot
+        be written, if the weights are not finite, or if another file cannot be written at the last step.
         """
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
             raise UserError("the training has diverged: begin another run with a lower --lr")
@@ -1350,7 +1354,7 @@ def join_processes(device, processes):
     """Joins the processes that torchrun started, waits for all, and returns this one's device."""
     if processes == 1:
         return device
-    with explained("cannot join the other processes: use torchrun, on CPUs or one GPU each"):
+    with explained("cannot join the other processes: use torchrun, with one GPU each or --device cpu"):
         backend = {"cpu": "gloo", "cuda": "nccl"}[device.type]
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -1414,10 +1418,11 @@ def begin(args, out, rank, processes):
         raise UserError(f"{processes} processes cannot share a batch of {config.batch_size} images")
     if rank == 0:
         say(f"reading {config.dataset} from {args.data_dir}; what is missing there is downloaded")
-        # Process 0 reads before it joins the others, which wait there, so that only it downloads.
-        load_dataset(config.dataset, args.data_dir)
-    device = join_processes(torch.device(args.device), processes)
-    run = Run(config, *load_dataset(config.dataset, args.data_dir), device)
+        images, labels = load_dataset(config.dataset, args.data_dir)
+    device = join_processes(torch.device(args.device), processes)  # waits for process 0, so only it downloads
+    if rank > 0:
+        images, labels = load_dataset(config.dataset, args.data_dir)
+    run = Run(config, images, labels, device)
     if saved:
         run.restore(saved)
     if processes > 1:
@@ -1570,11 +1575,12 @@ def load_classifier(name, data_dir, device):
         classifier = make_classifier(config.image_channels, len(config.classes)).to(device)
         if not path.exists():
             say(f"training a classifier of {name}, once")
-            images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
-            train_classifier(classifier, images, labels)
-            _, features = judge(classifier, images)
-            mean, cov = features.mean(dim=0), features.T.cov()
-            save({"weights": classifier.state_dict(), "mean": mean, "cov": cov}, path)
+            with replacing(path) as file:
+                images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
+                train_classifier(classifier, images, labels)
+                _, features = judge(classifier, images)
+                contents = {"format": FORMAT, "weights": classifier.state_dict()}
+                torch.save(contents | {"mean": features.mean(dim=0), "cov": features.T.cov()}, file)
     contents = load(path)
     with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
         classifier.load_state_dict(contents["weights"])
@@ -1631,7 +1637,7 @@ def evaluate(args):
 # for each group of commands that share flags, headed by their names, and in it a line for each
 # flag, with its name, its kind (an entry of KINDS) and its help. A flag of train that is named like
 # a field of Config sets that field. It has no default of its own, so that None means "not given",
-# as --resume needs to know. The other defaults stand below the table.
+# as --resume needs to know. The other defaults stand below the table. Help texts repeat them.
 
 
 def load_and_say(args):
@@ -1754,7 +1760,7 @@ KINDS = {
     "switch": {"action": "store_true"},
     "count": {"type": in_range(int, 1, 10**9)},
     "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
-    "steps": {"type": in_range(int, 2, 10**5)},  # one step would leave almost a clean image
+    "timesteps": {"type": in_range(int, 2, 10**5)},  # one step would leave almost a clean image
     # With fewer images than features (64), their covariance says little; there are 10,000 test
     # images.
     "many": {"type": in_range(int, 65, 10000)},
@@ -1772,7 +1778,7 @@ dataset            dataset   what to learn (default: {Config.dataset})
 epochs             count     passes over the training images (default: {Config.epochs})
 batch-size         count     images in a step (default: {Config.batch_size})
 lr                 share     peak learning rate (default: {Config.lr})
-timesteps          steps     T, the number of noising steps (default: {Config.timesteps})
+timesteps          timesteps T, the number of noising steps (default: {Config.timesteps})
 schedule           schedule  of the noise (default: {Config.schedule})
 channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 class-dropout      share     share of labels to drop; 0 rules out guidance (default: {Config.class_dropout})

@@ -507,7 +507,7 @@ def test_each_seed_has_a_stream():
 @pytest.mark.parametrize("eta", [0, 1])
 def test_an_image_depends_on_its_label_and_seed(float32, eta):
     """An image follows from its label and its seed, and is the same in every batch."""
-    model, options = random_unet(), {"steps": 10, "eta": eta}
+    model, options = random_unet(timesteps=13), {"steps": 3, "eta": eta}  # here, 1 - ᾱ_{t-1} - σ_t² is rounded below 0
     batch = ddpm.sample(model, [3, 1, 3], seeds=[7, 8, 9], **options)
     assert batch.shape == (3, 1, 8, 8) and batch.abs().max() <= 1
     for image, label, seed in zip(batch, [3, 1, 3], [7, 8, 9]):
