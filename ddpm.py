@@ -546,11 +546,11 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16), with β̃_t of this longer step: that of Eq. 7, where α_t is
 # ᾱ_t / ᾱ_{t-1}. With η = 1 and all T steps, DDIM is Algorithm 2, written in terms of x̂_0 and ε_θ
-# instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random.
-# As T and the number of steps grow, the path approaches a smooth curve, the solution of a
-# differential equation. For a perfect network, these curves carry pure noise to images distributed
-# like x_0 (Song, Sohl-Dickstein et al. 2020, arXiv 2011.13456, section 4.3). Longer steps follow
-# them less closely; README.md measures what that costs.
+# instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random. As T and the number of steps
+# grow, the path approaches a smooth curve, the solution of a differential equation. For a perfect
+# network, these curves carry pure noise to images distributed like x_0 (Song, Sohl-Dickstein et al.
+# 2020, arXiv 2011.13456, section 4.3). Longer steps follow them less closely; README.md measures what
+# that costs.
 #
 # Which t's to visit? With the linear schedule, evenly spaced ones would waste steps: in the noisiest
 # third, ᾱ_t is below 0.011, and x̂_0 is a blur that hardly changes. Section 3 rotates (x_0, ε) into
@@ -568,8 +568,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
 # In Eq. 12 it replaces x̂_0, and the noise that goes with it, by Eq. 4, replaces ε_θ. The steps are
-# then of second order, except the first, which has none before it, and the last, in which the weights
-# lie at the end: with twice as many steps, the error falls to nearly a quarter, not to half. (This is
+# then of second order, except the first, which has none before it, and the last, where the mean lies
+# near the end: with twice as many steps, the error falls to nearly a quarter, not to half. (This is
 # Algorithm 2 of Lu et al. 2022, arXiv 2211.01095, with 1 for r_i, the ratio of two steps in their
 # measure of noise, since ours are equal in angle.) sample_steps, in section 7, does so if η = 0. With
 # fresh noise, how x̂_0 changes is a matter of chance, too.
@@ -1115,7 +1115,7 @@ def save(contents, path):
 
 def load(path):
     """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or something else."""
-    with explained(f"cannot read {path}"):
+    with explained(f"cannot read {path} as a file of ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         config = contents.get("config")  # a classifier has none
         if contents["format"] != FORMAT or (config and config["prediction"] != Config.prediction):
