@@ -57,7 +57,7 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); a file that says otherwise is refused
+    prediction: str = "v"  # what the last layer predicts (section 3); a checkpoint that says otherwise is refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
@@ -433,8 +433,8 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Given x_t, x_{t-1} is nearly Gaussian (section 1), with a variance between β̃_t and β_t (below). The code takes β̃_t: a
-# step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
+# Given x_t, x_{t-1} is nearly Gaussian (section 1). Its variance is at least β̃_t and, on average, at most β_t (below).
+# The code takes β̃_t: a step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -444,11 +444,11 @@ def ddpm_loss(model, x_0, y, t=None):
 # it is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
-# consists of a single image, so that x_0 is known. If not, the variance of μ̃_t(x_t, x_0) given x_t comes on top: that
-# of x_0 given x_t, times the square of its weight in Eq. 7. Averaged over pixels and x_t, that of x_0 is at most 1-ᾱ_t,
-# because pixels lie in [-1, 1] and so the guess √ᾱ_t x_t has no larger mean squared error. With 1-ᾱ_t, the sum is just
-# β_t; this is right for standard normal data, where no guess is better. With β̃_t, z = 0 changes nothing, as β̃_1 = 0.
-# With β_t, it omits a last noise of standard deviation √β_1 = 0.01, about one step between grey values (2/255).
+# consists of a single image, so that x_0 is known. If x_0 is uncertain, so is μ̃_t(x_t, x_0), and to β̃_t one has to add
+# the variance of x_0 given x_t, times the square of x_0's weight in Eq. 7. On average, that variance is at most 1-ᾱ_t, as
+# even the guess √ᾱ_t x_t has no larger mean squared error (pixels lie in [-1, 1]). With 1-ᾱ_t, the sum is β_t, which is
+# right for standard normal data. As for z = 0 in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a
+# last noise of standard deviation √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -486,7 +486,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 
     model is a UNet, or any function from (x_t, t, y) to eps_hat; x_T (B, C, H, W) is standard normal; y (B,);
     alphas_cumprod (T,) in float64, since 1 - ᾱ_t/ᾱ_{t-1} is tiny at small t; randn_like(x) returns standard normal
-    noise like x. The last x_t is the finished image.
+    noise like x. Each x_t is the new one, with less noise; the last is the finished image.
     """
     alpha_bars = alphas_cumprod.tolist()
     x_t = x_T
@@ -542,7 +542,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the
 # two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
-# stand in for the true values. A short step errs little, since they change little within it.
+# stand in for the true values. That this still leads to images rests on the curves below, which short
+# steps follow closely.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16), with β̃_t of this longer step: that of Eq. 7, where α_t is
 # ᾱ_t / ᾱ_{t-1}. With η = 1 and all T steps, DDIM is Algorithm 2, written in terms of x̂_0 and ε_θ
@@ -555,24 +556,25 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # Which t's to visit? With the linear schedule, evenly spaced ones would waste steps: in the noisiest
 # third, ᾱ_t is below 0.011, and x̂_0 is a blur that hardly changes. Section 3 rotates (x_0, ε) into
 # (x_t, v), by an angle whose cosine is √ᾱ_t: almost 0° for a clean image, almost 90° for pure noise.
-# The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far: if δ
-# is the angle between two of them, Eq. 12 becomes x_{t-1} = cos δ x_t - sin δ v. (Put in x̂_0 and ε_θ
-# by section 3's right column.) With only 5 steps, 2000 digits have an FID of 0.066 (section 12; lower
-# is better), and a classifier reads 99.0 % of them right. With evenly spaced t's, they are easier to
-# read, 99.7 %, but the FID is 0.130. With more steps, the two spacings differ less.
+# The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far: if φ
+# is the angle between two of them, Eq. 12 becomes x_{t-1} = cos φ x_t - sin φ v. (Put in x̂_0 and ε_θ
+# by section 3's right column.) With only 5 steps and guidance (section 7), 2000 digits have an FID of
+# 0.066 (section 12; lower is better), and a classifier reads 99.0 % of them right. With evenly spaced
+# t's, they are easier to read, 99.7 %, but the FID is 0.130. With more steps, the two spacings differ
+# less.
 #
 # A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. To follow the path
-# exactly, Eq. 12 would need a weighted mean of x̂_0 over the step. The value half a step ahead is
-# close to it. If x̂_0 goes on changing as before, that value is
+# exactly, Eq. 12 would need a mean of x̂_0 over the step, weighted by 1 / (1-ᾱ). The value half a step
+# ahead is close to it. If x̂_0 goes on changing as before, that value is
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
 # In Eq. 12 it replaces x̂_0, and the noise that goes with it, by Eq. 4, replaces ε_θ. The steps are
-# then of second order, except the first, which has none before it, and the last, where the mean lies
-# near the end: with twice as many steps, the error falls to nearly a quarter, not to half. (This is
-# Algorithm 2 of Lu et al. 2022, arXiv 2211.01095, with 1 for r_i, the ratio of two steps in their
+# then of second order, except the first, which has none before it, and the last, where ᾱ = 1 gives the
+# end all the weight: with twice as many steps, the error falls to nearly a quarter, not to half. (This
+# is Algorithm 2 of Lu et al. 2022, arXiv 2211.01095, with 1 for r_i, the ratio of two steps in their
 # measure of noise, since ours are equal in angle.) sample_steps, in section 7, does so if η = 0. With
-# fresh noise, how x̂_0 changes is a matter of chance, too.
+# fresh noise, x̂_0 changes at random as well, and its last change says less about the next.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the last t before it, noise is still easy to see: with 12 steps of the linear schedule,
@@ -636,9 +638,9 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
 # S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0
 # (before clipping): it moves from "a digit" to "a four" and further. Why does that make a four look
 # more like a four? By Eq. 4, the gradient of log q(x_t | x_0) with respect to x_t is -ε / √(1-ᾱ_t).
-# Its mean over all x_0 that are possible given x_t is, by Bayes' theorem, that of log q(x_t):
+# Its mean over all x_0 that are possible given x_t is, by Bayes' theorem, the gradient of log q(x_t):
 #
-#     E[∇ log q(x_t | x_0) | x_t] = ∫ q(x_0) ∇q(x_t | x_0) dx_0 / q(x_t) = ∇q(x_t) / q(x_t)
+#     E[∇ log q(x_t | x_0) | x_t] = ∫ q(x_0) ∇q(x_t | x_0) dx_0 / q(x_t) = ∇q(x_t) / q(x_t) = ∇ log q(x_t)
 #
 # A perfect network predicts the mean of ε (section 4), so:
 #
