@@ -445,7 +445,7 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 # Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
 # consists of a single image, so that x_0 is known. If x_0 is uncertain, so is μ̃_t(x_t, x_0), and to β̃_t one has to add
-# the variance of x_0 given x_t, times the square of x_0's weight in Eq. 7. On average, that variance is at most 1-ᾱ_t, as
+# the variance of x_0 given x_t, times the square of x_0's weight in Eq. 7. On average, that variance is at most 1-ᾱ_t:
 # even the guess √ᾱ_t x_t has no larger mean squared error (pixels lie in [-1, 1]). With 1-ᾱ_t, the sum is β_t, which is
 # right for standard normal data. As for z = 0 in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a
 # last noise of standard deviation √β_1 = 0.01, about one step between grey values (2/255).
