@@ -792,11 +792,12 @@ def test_what_a_code_page_lacks_is_escaped():
 
 
 def test_sample_needs_no_stdout(finished):
-    """sample writes its picture and succeeds when the disk behind stdout is full."""
+    """sample writes its picture and succeeds when the disk behind stdout is full; a wrong label is still an error."""
     program = f"'{sys.executable}' '{ddpm.__file__}' sample --device cpu --steps 2 --label 3"
     command = f"{program} --checkpoint '{finished}/weights.pt' >/dev/full"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE)
     assert done.returncode == 0 and done.stderr == b"" and Path("samples.png").exists()
+    assert subprocess.call(f"{command} --label x", shell=True) == 1
 
 
 # === 10. Data, checkpoints, images ====================================================================================
