@@ -202,7 +202,7 @@ def test_timestep_embedding():
 
 @pytest.mark.parametrize("channels", [(8,), (5, 3, 7), (4, 4, 4, 4)])
 def test_any_channels(channels):
-    """The output is like the input, for colour, and for any number of any channels."""
+    """The output is like the input, in colour and with any number of any channels."""
     x_t, t, y = some_input(3, 28)
     assert random_unet(channels=channels, image_channels=3)(x_t, t, y).shape == x_t.shape
 
@@ -953,8 +953,8 @@ def test_weights_and_not_the_checkpoint_are_for_sampling(finished, capsys):
     ddpm.generate_number(model, 5)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers stay
     trained, ema, *_ = ddpm.load(finished / "checkpoint.pt")["parts"]
-    changed = "conv_out.weight"  # it was zero
-    assert ema[changed].any() and not torch.equal(ema[changed], trained[changed])
+    last = "conv_out.weight"  # it was zero
+    assert ema[last].any() and not torch.equal(ema[last], trained[last])
     for name, weight in model.state_dict().items():
         assert weight.dtype == torch.float32 and saved["weights"][name].dtype == torch.float16
         assert torch.equal(weight, ema[name].half().float()) and not weight.requires_grad
@@ -1375,7 +1375,8 @@ def test_shipped_files():
     real = [ddpm.read_digit(HERE / f"assets/hand_{digit}.png") for digit in (0, 4, 9)]
     images = torch.cat([*real, ddpm.sample(model, list(range(10)))])
     probabilities, _ = ddpm.judge(classifier, ddpm.to_bytes(images))
-    assert (probabilities.argmax(dim=1) == torch.tensor([0, 4, 9, *range(10)])).sum() >= 12
+    right = probabilities.argmax(dim=1) == torch.tensor([0, 4, 9, *range(10)])
+    assert right[:3].all() and right.sum() >= 12
 
 
 @pytest.fixture
