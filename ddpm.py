@@ -2,12 +2,12 @@
 """ddpm.py: a class-conditional diffusion model that draws handwritten digits, in one file to read from top to bottom.
 
 Add Gaussian noise to an image in T small steps, until only noise is left. Train a neural network to look at a noisy
-image and to predict the noise in it. Removing all of that noise at once would give a blur: the mean of all images that
-could have become this noisy one. So start from pure noise, remove a little of the predicted noise, add a little fresh
-noise, look again, and repeat T times; a new image emerges. The network also gets the class y that you ask for.
+image and to predict the noise in it. Removing all of the predicted noise at once would give a blur: the mean of all
+images that could have become this noisy one. So start from pure noise, remove a little of the predicted noise, add a
+little fresh noise, look again, and repeat T times; a new image emerges. The network also gets the class y to draw.
 
     Eq. 4    x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                 t steps of noise at once                 section 2
-    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           what the network learns                  section 4
+    Eq. 14   L_simple = E ‖ε - ε_θ(x_t, t, y)‖²           the training loss, here weighted         section 4
     Eq. 15   x̂_0 = (x_t - √(1-ᾱ_t) ε_θ) / √ᾱ_t           the clean image a prediction implies     section 5
     Eq. 6    x_{t-1} ~ N(μ̃_t(x_t, x̂_0), β̃_t I)           one step back, x̂_0 in place of x_0       section 5
 
@@ -17,7 +17,7 @@ noise, look again, and repeat T times; a new image emerges. The network also get
     x_0, x_t        clean image, with values in [-1, 1]; noisy image                                  (B, C, H, W)
     eps, eps_hat    ε, the noise in x_t; ε_θ, the network's prediction of it                          (B, C, H, W)
     x_0_hat         x̂_0, the clean image that x_t and eps_hat imply                                   (B, C, H, W)
-    t, T            index of a noising step; number of steps                                          (B,) or an integer
+    t, T, y         index of a noising step; number of steps; the class                               (B,) or an integer
     betas           β_t, variance of the noise that step t adds; α_t = 1-β_t                          (T,)
     alphas_cumprod  ᾱ_t = α_1 α_2 ... α_t; in x_t, the image x_0 is scaled by √ᾱ_t                   (T,)
 
@@ -46,7 +46,7 @@ from torch.nn import functional as F
 
 @dataclass
 class Config:
-    """What a model is and how it was trained. Each model has its own, as model.config, and so has each checkpoint."""
+    """What a model is and how it was trained. It is kept as model.config and in each checkpoint."""
 
     # The images.
     dataset: str = "mnist"  # the data set's name
@@ -57,11 +57,11 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); a checkpoint that says otherwise is refused
+    prediction: str = "v"  # what the last layer predicts (section 3); files that say otherwise are refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
-    lr: float = 2e-3  # AdamW's peak learning rate; Muon's is ten times as high (section 9)
+    lr: float = 2e-3  # the highest learning rate (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
     seed: int = 0  # of all random numbers
@@ -86,10 +86,10 @@ class Config:
 # (Sohl-Dickstein et al. 2015, arXiv 1503.03585), which is easy to draw from; the reverse of a large step is not. A
 # large step backwards would have to choose between different images, whereas a small one only has to nudge.
 #
-# The quantity to watch is ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t. After t steps, the image is left scaled by √ᾱ_t,
-# its variance by ᾱ_t (Eq. 4, next section). ᾱ_t has to fall from almost 1 to almost 0. Sampling starts from pure noise,
-# which holds no trace of an image, so x_T must hold almost none in training. With the linear schedule and T = 1000, the
-# image enters x_T with the factor √ᾱ_T = 0.0064.
+# The quantity to watch is ᾱ_t = α_1 α_2 ... α_t with α_t = 1 - β_t. After t steps, the image is left scaled by √ᾱ_t
+# (Eq. 4, next section). ᾱ_t has to fall from almost 1 to almost 0. Sampling starts from pure noise, which holds no
+# trace of an image, so x_T must hold almost none in training. With the linear schedule and T = 1000, the image enters
+# x_T with the factor √ᾱ_T = 0.0064.
 
 SCHEDULES = ("linear", "cosine")
 
@@ -102,7 +102,7 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 for T = 1000. With fewer steps, each has to be larger, or x_T would still show the image.
-        # For small β, ᾱ_T is about exp(-Σ β_t); 1000/T keeps that sum. Large β make ᾱ_T smaller still.
+        # For small β, ᾱ_T is about exp(-Σ β_t); 1000/T keeps that sum (T ≥ 20). Large β make ᾱ_T smaller still.
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Their Eq. 17: ᾱ_t = f(t) / f(0), f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
@@ -157,7 +157,8 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 # Input: a noisy image, the step t and the class y. Output: the noise in the image. (The last layer gives a tensor v,
 # and a fixed formula turns v into the noise; both are explained above class UNet.) The network needs to see the whole
 # (which strokes belong together?) and every single pixel. On the way down, to see the whole, it halves the image three
-# times and doubles the channels. On the way up, it returns to full size. Skip connections hand the details across.
+# times and doubles the channels. On the way up, it returns to full size. Skip connections hand the details across: the
+# decoder concatenates the encoder's output of the same size to its own.
 #
 #     x_t (1, 28, 28)                                               v (1, 28, 28), from which eps_hat follows
 #         │ conv_in                                                                     ▲ conv_out
@@ -171,8 +172,9 @@ def q_sample(x_0, t, eps, alphas_cumprod):
 #         │                                                                             ▲
 #         └────────────────── middle (residual block) ── attention ─────────────────────┘
 #
-# The encoder, the decoder and the middle consist of residual blocks, and t and y enter each of them: what counts as
-# noise in x_t depends on both. The activation is SiLU(x) = x · sigmoid(x), a smooth relative of ReLU.
+# The encoder, the decoder and the middle consist of residual blocks, which add a learned correction to their input. t
+# and y enter each of them: what counts as noise in x_t depends on both. The activation is SiLU(x) = x · sigmoid(x), a
+# smooth relative of ReLU.
 
 
 def timestep_embedding(t, dim):
@@ -193,10 +195,9 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    The blocks below add the output of their layers to their input. With its last layer at zero, a block adds nothing at
-    first: it begins as the identity, through which signal and gradient pass unchanged, and learns what to add. (In the
-    decoder, it begins as a 1x1 convolution, which reduces the channels.) The network's last layer begins at zero, too,
-    so its first prediction is v = 0.
+    With its last layer at zero, a block below adds nothing to its input at first: it begins as the identity (in the
+    decoder, as a 1x1 convolution, which reduces the channels), and learns what to add. The zeros do not stay: the
+    gradient of a layer's weights depends on its input, which is not zero. The network's last layer begins at zero, too.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -272,16 +273,15 @@ class Attention(nn.Module):
 
 # What the last layer predicts is not ε itself, but v (Salimans & Ho 2022, arXiv 2202.00512), a mixture of ε and x_0:
 #
-#     x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                     ε   = √ᾱ_t v + √(1-ᾱ_t) x_t
-#     v   = √ᾱ_t ε - √(1-ᾱ_t) x_0                     x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+#     x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε                     x_0 = √ᾱ_t x_t - √(1-ᾱ_t) v
+#     v   = √ᾱ_t ε - √(1-ᾱ_t) x_0                     ε   = √ᾱ_t v + √(1-ᾱ_t) x_t
 #
 # The left column rotates the pair (x_0, ε) into (x_t, v), by the angle whose cosine is √ᾱ_t. The right column rotates
-# it back; its first line is how UNet computes ε. Why v? It is roughly what x_t does not show: about ε at small t, where
-# x_t is almost x_0, and about -x_0 at large t, where x_t is almost ε. A network that predicts ε at large t has to copy
-# x_t almost exactly; only the tiny difference carries information about the image.
-#
-# This tames errors, too. By the right column, an error δ in v becomes √ᾱ_t δ in ε and √(1-ᾱ_t) δ in x̂_0 (up to the
-# sign): never more than δ. If ε had the error δ, x̂_0 would have (√(1-ᾱ_t) / √ᾱ_t) δ: at t = T (linear schedule), 157 δ.
+# it back; by its last line, UNet turns v into ε, so that everything below reads as in the paper. Why v? It is roughly
+# what x_t does not show: about ε at small t, where x_t is almost x_0, and about -x_0 at large t, where x_t is almost ε.
+# A network that predicts ε at large t has to copy x_t almost exactly; only the tiny difference carries information
+# about the image. So errors matter there: an error δ in ε becomes (√(1-ᾱ_t) / √ᾱ_t) δ in x̂_0, at t = T (linear
+# schedule) 157 δ. By the right column, an error δ in v becomes √(1-ᾱ_t) δ in x̂_0 (up to the sign), never more than δ.
 
 
 class UNet(nn.Module):
@@ -366,12 +366,12 @@ class UNet(nn.Module):
 # E[ε | x_t, y], the mean of all possible ε, each weighted by its probability. By Eq. 4, which is linear, it implies the
 # mean of all possible x_0. At small t that is one image; at large t, where many are possible, it is a blur.
 #
-# Where does the loss come from? In outline (this can wait until section 5 has been read): a bound on -log p, p being
-# the probability that the model gives to the training images, is a sum over the steps. All terms but the first and the
-# last measure by the KL divergence how far two Gaussians are apart: the step backwards that would be right if x_0 were
-# known, and the network's, with x̂_0 in its place. With equal variances, such a term is a weighted squared distance
-# between the means, so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et al. got better images when
-# they dropped these weights, which are largest at small t.
+# Where does the loss come from? (This can wait until section 5 has been read.) Let p be the probability that the model
+# gives to the training images. A bound on -log p is a sum over the steps. Apart from two terms at its ends, each term
+# is a KL divergence, which says how far two densities are apart: q(x_{t-1} | x_t, x_0), the step backwards that would
+# be right if x_0 were known, and the network's, with x̂_0 for x_0. Both are Gaussians. With equal variances, the term is
+# a weighted squared distance between the means, so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et
+# al. got better images when they dropped these weights, which are largest at small t.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -379,9 +379,9 @@ class UNet(nn.Module):
 #     ε - ε_θ = √ᾱ_t (v - v_θ)        v_θ is what the last layer predicts
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
-# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t. The code takes a middle way: the
-# factor 1/√ᾱ_t, so its loss is √ᾱ_t ‖v - v_θ‖². With it, images of README.md's small network had the best FID (section
-# 12; lower is better): 0.331, against 0.436 for L_simple and 0.414 for the loss of v (t drawn uniformly, no guidance).
+# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t; compared with L_simple, it leaves
+# less for small t, where details appear. The code takes a middle way, the factor 1/√ᾱ_t: √ᾱ_t ‖v - v_θ‖² is its loss.
+# README.md compares the three; the middle way gave the best images.
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -412,14 +412,15 @@ def ddpm_loss(model, x_0, y, t=None):
 # 5. Sampling: Algorithm 2
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# How does one get from x_t back to x_{t-1}? If x_0 were known, x_{t-1} would follow a Gaussian, by Bayes' theorem. A
-# step of noise looks at nothing but the image before it, so q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}). Up to a factor,
+# How does one get from x_t back to x_{t-1}? If x_0 were known, Bayes' theorem would tell, since a step of noise looks
+# at nothing but the image before it: q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}). Up to a factor without x_{t-1},
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_t | x_{t-1})  q(x_{t-1} | x_0)
 #
-# As functions of x_{t-1}, both are bell curves. By Eq. 2, the first has the mean x_t / √α_t and the variance β_t / α_t;
-# by Eq. 4, the second has the mean √ᾱ_{t-1} x_0 and the variance 1-ᾱ_{t-1}. Their product is a bell curve, too: add the
-# exponents and complete the square. The inverse variances add up, and the means are averaged with them as weights:
+# As functions of x_{t-1}, both are bell curves. By Eq. 2, solved for x_{t-1}, the first has the mean x_t / √α_t and the
+# variance β_t / α_t; by Eq. 4, the second has the mean √ᾱ_{t-1} x_0 and the variance 1-ᾱ_{t-1}. Their product is a bell
+# curve, too: add the exponents and complete the square. The inverse variances add up, and the means are averaged with
+# them as weights:
 #
 #     1 / β̃_t = α_t / β_t + 1 / (1-ᾱ_{t-1}) = (1-ᾱ_t) / (β_t (1-ᾱ_{t-1}))        as α_t (1-ᾱ_{t-1}) + β_t = 1-ᾱ_t
 #     μ̃_t = β̃_t ((√α_t / β_t) x_t + (√ᾱ_{t-1} / (1-ᾱ_{t-1})) x_0)                 multiplied out: Eq. 7, in posterior()
@@ -433,8 +434,8 @@ def ddpm_loss(model, x_0, y, t=None):
 #
 #     E[x_{t-1} | x_t] = E[μ̃_t(x_t, x_0) | x_t] = μ̃_t(x_t, E[x_0 | x_t])
 #
-# Given x_t, x_{t-1} is nearly Gaussian (section 1). Its variance is at least β̃_t and, on average, at most β_t (below).
-# The code takes β̃_t: a step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
+# Given x_t, x_{t-1} is nearly Gaussian (section 1). With the variance β̃_t for every pixel, as if x_0 were known (more
+# on this below), a step back is a draw from N(μ̃_t(x_t, x̂_0), β̃_t I). Then the network looks again:
 #
 #     Algorithm 2:  x_T ~ N(0, I)
 #                   for t = T, ..., 1:   z ~ N(0, I), but z = 0 if t = 1
@@ -443,12 +444,11 @@ def ddpm_loss(model, x_0, y, t=None):
 # The paper writes the mean in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (Eq. 11). Put Eq. 15 into Eq. 7 to see that
 # it is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
 #
-# Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The first is right if the data
-# consists of a single image, so that x_0 is known. If x_0 is uncertain, so is μ̃_t(x_t, x_0), and to β̃_t one has to add
-# the variance of x_0 given x_t, times the square of x_0's weight in Eq. 7. On average, that variance is at most 1-ᾱ_t:
-# even the guess √ᾱ_t x_t has no larger mean squared error (pixels lie in [-1, 1]). If it is 1-ᾱ_t, as for
-# standard normal data, the sum is β_t. As for z = 0 in the last step: with β̃_1 = 0, it changes nothing. With β_1, it
-# omits a last noise of standard deviation √β_1 = 0.01, about one step between grey values (2/255).
+# Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). β̃_t is right if the data
+# consists of a single image, so that x_0 is known. β_t is right if the data is standard normal, the other extreme. With
+# the linear schedule, they are far apart in the last few steps only: from t = 16 on, β̃_t is above 0.9 β_t. As for z = 0
+# in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a last noise of standard deviation √β_1 = 0.01,
+# about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -501,10 +501,10 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
         yield x_t, x_0_hat
 
 
-# This is the method of DDPM, with five later additions: classes and label dropping, the cosine schedule, the scale and
-# shift in each block, v, and the weight of the loss. You may stop here. The rest makes it faster, better and more
-# convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with classes y (B,), and a
-# config, these lines train, and then draw an image for each label of the last batch; the last x_t holds the images:
+# This is the method of DDPM, with a smaller network and five later additions: classes and label dropping, the cosine
+# schedule, the scale and shift in each block, v, and the weight of the loss. You may stop here. The rest makes it
+# faster, better and more convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with
+# classes y (B,), and a config, these lines train, and then draw images for the last y, which the last x_t holds:
 #
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -542,16 +542,16 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 # If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the
 # two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
-# stand in for the true values. That this still leads to images rests on the curves below, which short
-# steps follow closely.
+# stand in for the true values. That this still leads to images rests on section 5's argument if the
+# steps are random, and on the curves below if they are not.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16), with β̃_t of this longer step: that of Eq. 7, where α_t is
 # ᾱ_t / ᾱ_{t-1}. With η = 1 and all T steps, DDIM is Algorithm 2, written in terms of x̂_0 and ε_θ
-# instead of x̂_0 and x_t (a test shows it). With η = 0 no step is random. As T and the number of steps
-# grow, the path approaches a smooth curve, the solution of a differential equation. For a perfect
-# network, these curves carry pure noise to images distributed like x_0 (Song, Sohl-Dickstein et al.
-# 2020, arXiv 2011.13456, section 4.3). Longer steps follow them less closely; README.md measures what
-# that costs.
+# instead of x̂_0 and x_t. With η = 0 no step is random. As T and the number of steps grow, the path
+# approaches a smooth curve, the solution of a differential equation. For a perfect network, these
+# curves carry pure noise to images distributed like x_0 (Song, Sohl-Dickstein et al. 2020, arXiv
+# 2011.13456, section 4.3). Longer steps follow them less closely; README.md measures what that
+# costs.
 #
 # Which t's to visit? With the linear schedule, evenly spaced ones would waste steps: in the noisiest
 # third, ᾱ_t is below 0.011, and x̂_0 is a blur that hardly changes. Section 3 rotates (x_0, ε) into
@@ -559,21 +559,21 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far: if φ
 # is the angle between two of them, Eq. 12 becomes x_{t-1} = cos φ x_t - sin φ v. (Put in x̂_0 and ε_θ
 # by section 3's right column.) With only 5 steps and guidance (section 7), 2000 digits have an FID of
-# 0.066 (section 12; lower is better), and a classifier reads 99.0 % of them right. With the t's 999,
-# 799, 599, 399 and 199, put into visited_steps by hand, it reads 99.7 %, but the FID is 0.130.
+# 0.066 (section 12; lower is better), against 0.130 if visited_steps returns 999, 799, 599, 399, 199
+# and -1. (But then a classifier reads more of them right, 99.7 % instead of 99.0 %.)
 #
-# A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. To follow the path
-# exactly, Eq. 12 would need a mean of x̂_0 over the step, weighted by 1 / (1-ᾱ). The value half a step
-# ahead is close to it. If x̂_0 goes on changing as before, that value is
+# A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. With the x̂_0 of
+# its middle, a step follows the path more closely than with that of its beginning. If x̂_0 goes on
+# changing as before, the one in the middle, half a step ahead, is
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
-# In Eq. 12 it replaces x̂_0, and the noise that goes with it, by Eq. 4, replaces ε_θ. The steps are
-# then of second order, except the first, which has none before it, and the last, where ᾱ = 1 gives the
-# end all the weight: with twice as many steps, the error falls to nearly a quarter, not to half. (This
-# is Algorithm 2 of Lu et al. 2022, arXiv 2211.01095, with 1 for r_i, the ratio of two steps in their
-# measure of noise, since ours are equal in angle.) sample_steps, in section 7, does so if η = 0. With
-# fresh noise, x̂_0 changes at random as well, and its last change says less about the next.
+# In Eq. 12 it replaces x̂_0, and the noise that goes with it, by Eq. 4, replaces ε_θ. Only the first
+# step, with none before it, takes x̂_0 as it is. The method is then of second order: if there are many
+# steps, twice as many bring the error to about a quarter, and not only to half. (It is Algorithm 2 of
+# Lu et al. 2022, arXiv 2211.01095, but with 1 in place of r_i, since our steps are equal in angle.)
+# sample_steps, in section 7, does so if η = 0. With fresh noise, x̂_0 changes at random as well, and
+# its last change says less about the next.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the last t before it, noise is still easy to see: with 12 steps of the linear schedule,
@@ -584,7 +584,7 @@ def visited_steps(alphas_cumprod, steps):
     """The t's that a sampler visits, as a list: from T-1 (noise) down to -1 (the clean image), evenly spaced in angle.
 
     alphas_cumprod (T,), float64. For 5 steps of the linear schedule with T = 1000: 999, 477, 320, 200, 95, -1. With so
-    many steps that two would have the same t, it is visited once.
+    many steps that two would have the same t, it is visited once; so 1000 steps become 678.
     """
     angles = alphas_cumprod.sqrt().arccos()  # (T,), from almost 0° to almost 90°, in radians
     wanted = torch.linspace(0, angles[-1].item(), min(steps, len(angles)) + 1, dtype=torch.float64)[1:]
@@ -597,8 +597,8 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
     """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler.
 
     visited lists the t's, falling to -1; eta in [0, 1] scales the fresh noise; ahead is how far x̂_0 is advanced, as a
-    share of a step: 0 for DDIM as published, 0.5 for second order. The other arguments are those of ddpm_sampler. In
-    the comments, t-1 stands for t_prev, the next t visited.
+    share of a step: 0 for DDIM as published, 0.5 for second order; x_0_hat is yielded as advanced. The other arguments
+    are those of ddpm_sampler. In the comments, t-1 stands for t_prev, the next t visited.
     """
     alpha_bars = alphas_cumprod.tolist()
     x_t, x_0_before = x_T, None
@@ -611,11 +611,10 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
         change = 0 if x_0_before is None else x_0_now - x_0_before
         x_0_hat = (x_0_now + ahead * change).clamp(-1, 1)
         x_0_before = x_0_now
-        # The noise that goes with this x̂_0. Eq. 4, solved for ε:
+        # The noise that goes with this x̂_0, which was clipped and advanced. Eq. 4, solved for ε:
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
-        # Eq. 16: σ_t = η √β̃_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t)) √(1 - ᾱ_t/ᾱ_{t-1})
-        _, deviation = posterior(x_0_hat, x_t, alpha_bar, alpha_bar_prev)  # √β̃_t
-        sigma = eta * deviation
+        # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t) (1 - ᾱ_t/ᾱ_{t-1}))
+        sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev))
         # Eq. 12: x_{t-1} = √ᾱ_{t-1} x̂_0 + √(1-ᾱ_{t-1}-σ_t²) ε_θ + σ_t z
         reused = math.sqrt(max(0, 1 - alpha_bar_prev - sigma**2))  # not below 0 by rounding
         x_t = math.sqrt(alpha_bar_prev) * x_0_hat + reused * eps_hat
@@ -659,7 +658,7 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
 # right without guidance, with an FID of 0.054; 99.55 % and 0.056 with the defaults below; 99.80 %
 # and 0.093 with S = 2.4 (README.md).
 
-# The defaults, chosen by label accuracy and FID (linear schedule, evaluate with seeds 3 and 5).
+# The defaults, chosen by label accuracy and FID, for the linear schedule. 4 of the 12 steps are guided.
 STEPS, GUIDANCE, GUIDANCE_INTERVAL = 12, 1.6, (0.25, 0.45)  # the interval is in shares of T
 
 
@@ -674,7 +673,7 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
     def predict(x_t, t, y):
         inside = low <= t[0].item() / model.config.timesteps <= high
         S = scale if inside else min(scale, 1)
-        with half_precision(x_t.device):  # bfloat16, see below
+        with half_precision(x_t.device):  # below
             if S == 1:
                 return model(x_t, t, y)
             # Both predictions in one call, which is faster than two.
@@ -685,6 +684,10 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
         return eps_uncond + S * (eps_cond - eps_uncond)
 
     return predict
+
+
+# What else drawing needs: layers that compute in bfloat16, noise from a seed for each image, labels in
+# range, and the choice of the sampler, in sample_steps.
 
 
 def has_bfloat16(device):
@@ -739,7 +742,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     The last x_t is the image.
 
     labels             (N,) integers, a list or a tensor
-    steps              at least 1; more than T count as T, and no t is visited twice
+    steps              at least 1, at most T; no t is visited twice, so with hundreds there are fewer
     eta                in [0, 1], scales the fresh noise; 1 with T steps is Algorithm 2, 0 is of second order
     guidance           S >= 0; 1 turns it off
     guidance_interval  (low, high), the shares of T between which an S above 1 applies
@@ -760,7 +763,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
     x_T = x_T.expand(len(y), -1, -1, -1)
     predict = guided(model, guidance, guidance_interval)
     alphas_cumprod = cumulative_alphas(config)
-    if eta == 1 and steps >= config.timesteps:
+    if eta == 1 and steps >= config.timesteps:  # visits each t, unlike visited_steps
         return ddpm_sampler(predict, x_T, y, alphas_cumprod, randn_like)
     visited = visited_steps(alphas_cumprod, steps)
     ahead = 0.5 if eta == 0 else 0  # section 6
@@ -785,8 +788,8 @@ def sample(model, labels, **options):
 #
 # But in a perfectly clean image the network finds almost no noise, so the image would stay almost
 # noiseless on its way up, far from the pure noise that a sampler expects. The image therefore first
-# gets the noise of the lowest level visited, by Eq. 4. It is the only random part, and its seeds
-# are fixed.
+# gets the noise of the lowest level visited, by Eq. 4, which the steps upwards amplify. It is the only
+# random part: noise of seed 0 for the first image of a batch, of seed 1 for the second, and so on.
 #
 # Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo.
 # Unguided sampling from that noise nearly returns the image. The sample command guides all the
@@ -809,8 +812,8 @@ def invert(model, x_0, labels, steps=50):
     x_t = q_sample(x_0, upwards[0], eps, alphas_cumprod)
     for t, t_next in zip(upwards, upwards[1:]):
         # The step down from t_next calls the network at t_next with x at t_next, which is not known
-        # yet. Here it is called with the known x_t instead and, as a compromise, at a t half way.
-        # At t, the image would come back less closely (a test shows it).
+        # yet. Here it is called with the known x_t instead. Its noise level is that of t, not of
+        # t_next; half way between them is a compromise. At t, the image comes back less closely.
         eps_hat = model(x_t, (t + t_next) // 2, y)
         # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is
         # clipped, since what is cut off would be missing on the way back.
@@ -831,20 +834,17 @@ def invert(model, x_0, labels, steps=50):
 # x_0 is plain to see in x_t, and above 0.65 T little of it is left (linear schedule: ᾱ_t < 0.014).
 # Training draws those in between more often. Here, t/T is the second smallest of four uniform
 # draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
-# unguided images, drawn by the small network of the README, from 0.331 to 0.236 (section 12; lower
-# is better). Weighting the loss by the density of t instead does not do it (README.md). Esser et
-# al. 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more often, too.
+# README.md's small network, unguided, from 0.331 to 0.236 (section 12; lower is better). Weighting
+# the loss by the density of t instead does not help as much (README.md). Esser et al. 2024 (arXiv
+# 2403.03206), for similar models of large images, draw the middle more often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
-# read as matrices, Muon does better (below): guided, with uniform t, the small network of the README
-# has an FID of 0.390 with AdamW alone and 0.128 with Muon (without weight decay). Everything else
-# is left to AdamW: the first and the last convolution, nn.Linear, norms, biases, the embedding of
-# the class.
+# read as matrices, Muon does better (class Muon): with t still uniform, it lowered the same FID from
+# 0.803 to 0.331. Everything else is left to AdamW: the first and the last convolution, nn.Linear,
+# norms, biases, the embedding of the class.
 #
 # The learning rate rises during the first steps, while the optimizers' averages of the gradient are
-# unreliable, and then falls along half a cosine to zero, so that the weights come to rest. It
-# follows from the number of the step, so a resumed run goes on where the curve was, unless it is
-# given more epochs.
+# unreliable, and then falls along half a cosine to zero, so that the weights come to rest.
 #
 # The weights for sampling are an exponential moving average (EMA) of the trained weights, over
 # roughly the last 1000 steps. Each step sees one batch with random t and noise, so the weights
@@ -875,8 +875,8 @@ class Muon(torch.optim.Optimizer):
     they tend to grow. The first convolution of a block is followed by a normalization, which cancels the scale of its
     weights; so the larger these are, the less a step changes.
 
-    lr is AdamW's learning rate. A step of Muon is 10 lr long in each singular direction (ten was found by trial): an
-    orthogonal matrix with n columns has entries of about 1/√n only, while AdamW moves each weight by about lr.
+    lr is AdamW's learning rate. A step of Muon is about 10 lr long in most singular directions (ten was found by
+    trial): an orthogonal matrix with n columns has entries of about 1/√n only, and AdamW moves each weight by about lr.
     """
 
     @torch.no_grad()
@@ -915,7 +915,8 @@ def orthogonalized(matrix):
 def make_optimizers(model):
     """Muon for the convolutions, except the first and the last, and AdamW for everything else, as a list.
 
-    Jordan leaves out first and last layers, too. Their inputs or outputs are pixels, not features.
+    Jordan leaves first and last layers to AdamW, too: their inputs or outputs are pixels, not features. But he gives
+    Muon the inner nn.Linear.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
