@@ -988,8 +988,9 @@ class UserError(ValueError):
 
 @contextmanager
 def explained(message):
-    """with explained("cannot read it"): any exception inside becomes a UserError that begins with
-    this message.
+    """with explained("cannot read it"): an exception inside becomes a UserError that begins with this message.
+
+    UserErrors, which explain themselves, and a lack of memory pass.
     """
     try:
         yield
@@ -1002,7 +1003,6 @@ def explained(message):
 
 def say(text, stream=None):
     """Prints a line, to stdout by default. If that fails, for whatever reason, the work goes on."""
-    stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except UnicodeEncodeError:  # the stream's encoding lacks a character
@@ -1064,11 +1064,10 @@ def load_dataset(name, data_dir, train=True):
             socket.setdefaulttimeout(timeout)
         labels = torch.as_tensor(dataset.targets)
         images = torch.as_tensor(dataset.data)  # (N, H, W) if grey, (N, H, W, C) in colour
-        images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2)  # (N, C, H, W)
-        shape = (len(labels), config.image_channels, config.image_size, config.image_size)
-        if images.shape != shape or not 0 <= labels.min() <= labels.max() < len(config.classes):
-            raise ValueError("the images or labels do not have the expected shape or values")
-    return images.contiguous(), labels
+        images = images.view(len(labels), config.image_size, config.image_size, config.image_channels)
+        if not 0 <= labels.min() <= labels.max() < len(config.classes):
+            raise ValueError("it has labels of other classes")
+    return images.permute(0, 3, 1, 2).contiguous(), labels  # (N, C, H, W)
 
 
 # Files. A run leaves two files that can be loaded again. weights.pt is for sampling: the averaged
@@ -1246,7 +1245,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.config = config
         self.images, self.labels = images.to(device), labels.to(device)
-        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))  # of images, then labels
+        self.checksum = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
         # Images that do not fill a batch are skipped, different ones in each epoch.
         self.steps_per_epoch = max(1, len(images) // config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -1256,7 +1255,7 @@ class Run:
         self.parts = [self.model, self.ema, *self.optimizers]  # what has a state_dict
         self.step = 0  # steps done
         self.loss_sum = torch.zeros((), device=device)  # since the epoch began
-        self.log = ["epoch,step,loss"]  # the lines of log.csv
+        self.log_csv = "epoch,step,loss\n"  # the contents of that file
 
     def batch(self, rank, processes):
         """This process's share of the next step's images and classes: x_0 (share, C, H, W), y (share,).
@@ -1286,7 +1285,7 @@ class Run:
         images_per_s = steps_per_s * self.config.batch_size
         say(f"{place}  {images_per_s:.0f} images/s  {minutes:.1f} min left")
         if position + 1 == self.steps_per_epoch:
-            self.log.append(f"{epoch + 1},{self.step},{loss:.6f}")
+            self.log_csv += f"{epoch + 1},{self.step},{loss:.6f}\n"
             self.loss_sum.zero_()
 
     def save(self, out, sample_every):
@@ -1298,9 +1297,14 @@ class Run:
         """
         if not nn.utils.parameters_to_vector(self.model.parameters()).isfinite().all():
             raise UserError("the training has diverged: begin another run with a lower --lr")
-        contents = {"config": asdict(self.config), "checksum": self.checksum, "log": self.log}
-        contents |= {"step": self.step, "loss_sum": self.loss_sum.item()}
-        contents["parts"] = [part.state_dict() for part in self.parts]
+        contents = {
+            "config": asdict(self.config),
+            "checksum": self.checksum,
+            "parts": [part.state_dict() for part in self.parts],
+            "step": self.step,
+            "loss_sum": self.loss_sum.item(),
+            "log_csv": self.log_csv,
+        }
         save(contents, out / "checkpoint.pt")
         if self.step == 0:
             return  # nothing is learned yet
@@ -1318,10 +1322,11 @@ class Run:
                 raise ValueError("it began with other images or labels than those in --data-dir")
             for part, state in zip(self.parts, saved["parts"], strict=True):
                 part.load_state_dict(state)
-            self.step, self.log = saved["step"], saved["log"]
+            self.step = saved["step"]
             if self.step > self.total_steps:
                 raise ValueError(f"it has already made {self.step} steps, more than --epochs asks for")
             self.loss_sum.fill_(saved["loss_sum"])
+            self.log_csv = saved["log_csv"]
 
     def write_outputs(self, out, sample_every):
         """Writes weights.pt, log.csv and, when it is due, samples_EPOCH.png. Raises UserError."""
@@ -1329,7 +1334,7 @@ class Run:
         weights = {name: tensor.half() for name, tensor in self.ema.state_dict().items()}
         save({"config": asdict(self.config), "weights": weights}, out / "weights.pt")
         with replacing(out / "log.csv") as file:
-            file.write("\n".join([*self.log, ""]).encode())
+            file.write(self.log_csv.encode())
         if position == 0 and (epoch % sample_every == 0 or self.step == self.total_steps):
             # Each class five times. Image i has the same noise in every epoch, so that epochs can
             # be compared. There is no guidance, to see what the network itself can do.
@@ -1454,7 +1459,8 @@ def train(args):
             run.step += 1
 
             stopping = asked_to_stop()
-            save_now = stopping or run.step % run.steps_per_epoch == 0 or run.step % SAVE_EVERY == 0
+            position = run.step % run.steps_per_epoch  # 0 at the end of an epoch
+            save_now = stopping or position % SAVE_EVERY == 0
             if rank == 0 and (save_now or run.step % REPORT_EVERY == 0):
                 run.report((run.step - first_step) / (time.perf_counter() - started_at))
             if rank == 0 and save_now:
@@ -1521,9 +1527,9 @@ def make_classifier(image_channels, classes):
 
 @torch.no_grad()
 def judge(classifier, images):
-    """A classifier's verdict on images (N, C, H, W) uint8: probabilities and features, float64, on the CPU.
+    """A classifier's verdict on images (N, C, H, W) uint8.
 
-    Returns probabilities (N, classes) and features (N, 64).
+    Returns probabilities (N, classes) and features (N, 64), float64, on the CPU.
     """
     body, head = classifier.eval()  # the two parts that make_classifier gives it
     batches = images.to(head.weight.device).split(BATCH)
@@ -1531,8 +1537,10 @@ def judge(classifier, images):
     return head(features).cpu().double().softmax(dim=1), features.cpu().double()
 
 
-def frechet_distance(mean_1, cov_1, mean_2, cov_2):
-    """FID: the squared Fréchet distance of two Gaussians with means (n,) and covariances (n, n), float64."""
+def frechet_distance(features_1, features_2):
+    """FID: the squared Fréchet distance of two Gaussians, fitted to features (N_1, n) and (N_2, n), float64."""
+    mean_1, cov_1 = features_1.mean(dim=0), features_1.T.cov()
+    mean_2, cov_2 = features_2.mean(dim=0), features_2.T.cov()
     # Heusel et al.: d² = ‖μ_1 - μ_2‖² + Tr(Σ_1 + Σ_2 - 2 (Σ_1 Σ_2)^½). The trace of a square root
     # is the sum of the square roots of the eigenvalues. They are real and not negative, except for
     # rounding.
@@ -1566,39 +1574,34 @@ def train_classifier(classifier, images, labels):
 
 
 def load_classifier(name, data_dir, device):
-    """The classifier of a data set, and mean (64,) and covariance (64, 64) of its training images' features.
+    """The classifier of a data set. If assets/ has none, it is trained now and kept there.
 
-    If assets/ has none, it is trained now and kept there. Raises UserError if the data for that is unavailable, or if
-    the file is damaged or cannot be written.
+    Raises UserError if the data for that is unavailable, or if the file is damaged or cannot be written.
     """
     config, path = DATASETS[name].config, ASSETS / f"classifier_{name}.pt"
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers on the CPU stay as they are
-        torch.manual_seed(0)
-        classifier = make_classifier(config.image_channels, len(config.classes)).to(device)
-        if not path.exists():
-            say(f"training a classifier of {name}, once")
-            with replacing(path) as file:  # fails now, and not after the training, if it cannot be kept
-                images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
-                train_classifier(classifier, images, labels)
-                _, features = judge(classifier, images)
-                statistics = {"mean": features.mean(dim=0), "cov": features.T.cov()}
-                torch.save({"format": FORMAT, "weights": classifier.state_dict(), **statistics}, file)
-    contents = load(path)
+    torch.manual_seed(0)
+    classifier = make_classifier(config.image_channels, len(config.classes)).to(device)
+    if not path.exists():
+        say(f"training a classifier of {name}, once")
+        with replacing(path) as file:  # fails now, and not after the training, if it cannot be kept
+            images, labels = (tensor.to(device) for tensor in load_dataset(name, data_dir))
+            train_classifier(classifier, images, labels)
+            torch.save({"format": FORMAT, "weights": classifier.state_dict()}, file)
     with explained(f"{path} is not a classifier of this ddpm.py: delete it"):
-        classifier.load_state_dict(contents["weights"])
-        return classifier, contents["mean"], contents["cov"]
+        classifier.load_state_dict(load(path)["weights"])
+    return classifier
 
 
-def draw(model, labels, seeds, x_T=None, **options):
-    """Samples in batches, and yields the images one by one, each (C, H, W), on the CPU.
+def draw(model, labels, seeds, **options):
+    """Samples in batches, and yields the images one by one, each (C, H, W).
 
-    labels and seeds are lists (N); x_T is None or (1, C, H, W), for all images; options are those of sample_steps.
+    labels and seeds are lists (N); options are those of sample_steps, and an x_T is the same for all images.
     """
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
-        images = sample(model, labels[part], seeds=seeds[part], x_T=x_T, **options)
+        images = sample(model, labels[part], seeds=seeds[part], **options)
         say(f"{start + len(images)} of {len(labels)}")
-        yield from images.cpu()
+        yield from images
 
 
 # The flags of sample and evaluate that are arguments of sample_steps, with their defaults:
@@ -1606,7 +1609,7 @@ SAMPLING = {"steps": STEPS, "eta": 0, "guidance": GUIDANCE, "guidance_interval":
 
 
 def sampling_options(args):
-    """The flags that are arguments of sample_steps."""
+    """Those flags, as given."""
     return {name: getattr(args, name) for name in SAMPLING}
 
 
@@ -1618,14 +1621,16 @@ def evaluate(args):
     # At random, since the two halves of MNIST's test set differ: they come from different writers.
     chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[: args.count]
     images, y = images[chosen], y[chosen]
-    classifier, mean, cov = load_classifier(name, args.data_dir, args.device)
+    classifier = load_classifier(name, args.data_dir, args.device)
+    training_images, _ = load_dataset(name, args.data_dir)
+    _, training_features = judge(classifier, training_images)
     seeds = [args.seed * 1_000_000 + i for i in range(len(y))]  # no two --seed share one
     drawn = draw(model, y.tolist(), seeds, **sampling_options(args))
-    samples = torch.stack([to_bytes(x_0) for x_0 in drawn])
+    samples = to_bytes(torch.stack(list(drawn)))
     for title, x in ("samples", samples), ("test images", images):
         probabilities, features = judge(classifier, x)
         accuracy = (probabilities.argmax(dim=1) == y).double().mean()
-        fid = frechet_distance(features.mean(dim=0), features.T.cov(), mean, cov)
+        fid = frechet_distance(features, training_features)
         score = inception_score(probabilities)
         line = f"{len(x):>5} {title:<11}  label accuracy {accuracy:.2%}"
         say(f"{line}  FID {fid:.3f}  Inception Score {score:.3f}")
@@ -1643,7 +1648,7 @@ def evaluate(args):
 
 
 def load_and_say(args):
-    """Loads the model of --checkpoint and prints which file it came from."""
+    """Loads the model of --checkpoint and prints which file it came from. Raises UserError."""
     path = args.checkpoint or find_weights()
     model = load_model(path, args.device)
     say(f"weights: {path} ({model.config.dataset})")
@@ -1665,21 +1670,22 @@ def class_number(name, classes):
 
 
 def read_hand(model, args):
-    """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError."""
-    name, classes = model.config.dataset, model.config.classes
-    if args.like is None or args.like_label is None or args.eta or model.config.image_channels != 1:
+    """The noise x_T (1, 1, H, W) that becomes the digit in the image file --like. Raises UserError.
+
+    It warns if that looks like another digit than --like-label.
+    """
+    if not args.like or not args.like_label or args.eta or model.config.image_channels != 1:
         raise UserError("--like needs --like-label, the digit it shows, --eta 0 and a model of grey images")
     if args.count:
         raise UserError("--like takes no --count: each label has one image in that hand")
-    number = class_number(args.like_label, classes)
+    number = class_number(args.like_label, model.config.classes)
     x_0 = read_digit(args.like, model.config.image_size)
-    if name in DATASETS and (ASSETS / f"classifier_{name}.pt").exists():
-        classifier, _, _ = load_classifier(name, None, "cpu")  # it exists, so no data is read
+    if model.config.dataset == "mnist":  # its classifier is in assets/
+        classifier = load_classifier("mnist", None, "cpu")
         probabilities, _ = judge(classifier, to_bytes(x_0))
         read = probabilities.argmax().item()
         if read != number:
-            doubt = f"{args.like} looks like {classes[read]}, so the hand may come out wrong"
-            say(f"ddpm.py: warning: {doubt}", sys.stderr)
+            say(f"ddpm.py: warning: {args.like} looks like {read}, so the hand may come out wrong", sys.stderr)
     return invert(model, x_0.to(args.device), [number])
 
 
@@ -1700,18 +1706,19 @@ def sample_command(args):
         raise UserError("--out takes a .png file or a folder")
     if args.gif and (args.gif.suffix != ".gif" or len(labels) > BATCH):
         raise UserError(f"--gif takes a .gif file and at most {BATCH} images")
-    x_T = read_hand(model, args) if args.like or args.like_label else None
+    options = sampling_options(args)
+    if args.like or args.like_label:
+        options["x_T"] = read_hand(model, args)
     if folder:
         with explained(f"cannot write into {args.out}"):
             args.out.mkdir(parents=True, exist_ok=True)
     if args.gif:
         with replacing(args.gif) as file:
-            steps = sample_steps(model, labels, seeds=seeds, x_T=x_T, **sampling_options(args))
-            frames = [(x_t.cpu(), x_0_hat.cpu()) for x_t, x_0_hat in steps]
+            frames = list(sample_steps(model, labels, seeds=seeds, **options))
             save_film(frames, file, columns)
         images, _ = frames[-1]
     else:
-        images = draw(model, labels, seeds, x_T, **sampling_options(args))  # a generator: it draws below
+        images = draw(model, labels, seeds, **options)  # a generator: it draws below
     if folder:
         for i, x_0 in enumerate(images):
             with replacing(args.out / f"{labels[i]}_{i:05d}.png") as file:
@@ -1760,9 +1767,9 @@ KINDS = {
     "words": {"nargs": "+"},
     "path": {"type": Path},
     "switch": {"action": "store_true"},
-    "count": {"type": in_range(int, 1, 10**9)},
-    "counts": {"type": in_range(int, 1, 10**9), "nargs": "+"},
-    "timesteps": {"type": in_range(int, 2, 10**5)},  # one step would leave almost a clean image
+    "count": {"type": in_range(int, 1, 10**6)},
+    "counts": {"type": in_range(int, 1, 10**6), "nargs": "+"},
+    "timesteps": {"type": in_range(int, 2, 10**5)},  # one step of noise would leave almost a clean image
     # With fewer images than features (64), their covariance says little; there are 10,000 test
     # images.
     "many": {"type": in_range(int, 65, 10000)},
@@ -1775,14 +1782,16 @@ KINDS = {
     "device": {"choices": DEVICES},
 }
 FLAGS = f"""
+train shapes
+dataset            dataset   the data set (default: {Config.dataset})
+channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
+
 train
-dataset            dataset   what to learn (default: {Config.dataset})
 epochs             count     passes over the training images (default: {Config.epochs})
 batch-size         count     images in a step (default: {Config.batch_size})
 lr                 share     peak learning rate (default: {Config.lr})
 timesteps          timesteps T, the number of noising steps (default: {Config.timesteps})
 schedule           schedule  of the noise (default: {Config.schedule})
-channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 class-dropout      share     share of labels to drop; 0 rules out guidance (default: {Config.class_dropout})
 ema-decay          share     of the averaged weights, per step (default: {Config.ema_decay})
 out                path      folder of the run (default: runs/DATASET)
@@ -1814,10 +1823,6 @@ data-dir           path      folder of the data; what is missing is downloaded (
 train sample evaluate
 seed               seed      of the random numbers (default: 0)
 device             device    where to run (default: {DEVICES[0]})
-
-shapes
-dataset            dataset   whose images (default: {Config.dataset})
-channels           counts    of the U-Net, one number per size (default: 32 64 128 256)
 """
 COMMANDS = {  # name: function, help, defaults
     "train": (train, "train a model into a folder", {"sample_every": 1}),
