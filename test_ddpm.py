@@ -1215,6 +1215,7 @@ def test_a_run_goes_on(data, finished, tmp_path):
 OTHERWISE = {
     "other options": (["--resume", "--lr", "0.5"], "options"),
     "other data": (["--resume", "--data-dir", "others"], "other images"),
+    "other labels": (["--resume", "--data-dir", "relabelled"], "other images or labels"),
     "fewer epochs": (["--resume", "--epochs", "3"], "more than --epochs"),
 }
 
@@ -1225,6 +1226,8 @@ def test_a_run_is_not_lost(data, finished, capsys, case):
     flags, word = OTHERWISE[case]
     folder = Path(shutil.copytree(finished, "run"))
     write_mnist(Path("others"), seed=1)
+    labels = Path(shutil.copytree(data, "relabelled"), "MNIST/raw/train-labels-idx1-ubyte")
+    labels.write_bytes(labels.read_bytes()[:8] + labels.read_bytes()[:7:-1])  # in reverse
     assert word in error_of(capsys, "train", "--data-dir", data, "--out", folder, *FLAGS, *flags)
     assert (folder / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
 
