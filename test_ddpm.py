@@ -1342,9 +1342,9 @@ def root_of(matrix):
 
 
 def features_with(mean, cov):
-    """2n+1 features (n,) with this mean and covariance: along each column of a root of cov, one to either side."""
-    root = root_of(cov) * math.sqrt(len(cov))
-    return float64(mean) + torch.cat([root, -root, 0 * root[:1]])
+    """2n features (n,) with this mean and covariance: along each column of a root of cov, one to either side."""
+    root = root_of(cov) * math.sqrt(len(cov) - 0.5)  # the covariance of N features divides by N - 1
+    return float64(mean) + torch.cat([root, -root])
 
 
 def test_frechet_distance():
