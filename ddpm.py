@@ -57,14 +57,14 @@ class Config:
     timesteps: int = 1000  # T
     schedule: str = "linear"  # how β_t grows: "linear" or "cosine" (section 1)
     channels: tuple = (32, 64, 128, 256)  # channels of the U-Net, one number per size (section 3)
-    prediction: str = "v"  # what the last layer predicts (section 3); files that say otherwise are refused
+    prediction: str = "v"  # what the last layer predicts (section 3); checkpoints that say otherwise are refused
     # The training.
     epochs: int = 30  # passes over the training images
     batch_size: int = 128  # B, the number of images per training step
     lr: float = 2e-3  # the highest learning rate (section 9)
     class_dropout: float = 0.1  # share of the labels replaced by "no class" (section 4)
     ema_decay: float = 0.999  # how slowly the averaged weights follow the trained ones (section 9)
-    seed: int = 0  # of all random numbers
+    seed: int = 0  # of all random numbers in training
 
     def __post_init__(self):
         self.channels = tuple(self.channels)  # accept a list, too
@@ -102,7 +102,7 @@ def beta_schedule(schedule, timesteps):
     """
     if schedule == "linear":
         # From 0.0001 to 0.02 for T = 1000. With fewer steps, each has to be larger, or x_T would still show the image.
-        # For small β, ᾱ_T is about exp(-Σ β_t); 1000/T keeps that sum (T ≥ 20). Large β make ᾱ_T smaller still.
+        # For small β, ᾱ_T is about exp(-Σ β_t); 1000/T keeps that sum (unless a β_t is clamped, below).
         betas = 1000 / timesteps * torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64)
     elif schedule == "cosine":
         # Their Eq. 17: ᾱ_t = f(t) / f(0), f(t) = cos²((t/T + 0.008) / (1 + 0.008) · π/2),  β_t = 1 - ᾱ_t / ᾱ_{t-1}
@@ -195,9 +195,9 @@ def timestep_embedding(t, dim):
 def zero_init(layer):
     """Sets a layer's weight and bias to zero and returns it.
 
-    With its last layer at zero, a block below adds nothing to its input at first: it begins as the identity (in the
-    decoder, as a 1x1 convolution, which reduces the channels), and learns what to add. The zeros do not stay: the
-    gradient of a layer's weights depends on its input, which is not zero. The network's last layer begins at zero, too.
+    With its last layer at zero, a residual block adds nothing at first: it begins as the identity (in the decoder, as a
+    1x1 convolution, which reduces the channels), and learns what to add. The network's last layer begins at zero, too,
+    and moves first: a zero layer blocks the gradient of those before it, but not its own, which depends on its input.
     """
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -366,12 +366,12 @@ class UNet(nn.Module):
 # E[ε | x_t, y], the mean of all possible ε, each weighted by its probability. By Eq. 4, which is linear, it implies the
 # mean of all possible x_0. At small t that is one image; at large t, where many are possible, it is a blur.
 #
-# Where does the loss come from? (This can wait until section 5 has been read.) Let p be the probability that the model
-# gives to the training images. A bound on -log p is a sum over the steps. Apart from two terms at its ends, each term
-# is a KL divergence, which says how far two densities are apart: q(x_{t-1} | x_t, x_0), the step backwards that would
-# be right if x_0 were known, and the network's, with x̂_0 for x_0. Both are Gaussians. With equal variances, the term is
-# a weighted squared distance between the means, so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et
-# al. got better images when they dropped these weights, which are largest at small t.
+# Where does the loss come from? (This can wait until section 5 has been read.) Let p be the density that the model
+# gives to the training images. An upper bound on -log p is a sum over the steps. Apart from its two end terms, each is
+# a KL divergence: how far the network's step backwards, with x̂_0 for x_0, is from q(x_{t-1} | x_t, x_0), which would be
+# right if x_0 were known. Both are Gaussians. With equal variances, the term is a weighted squared distance between the
+# means, so between x_0 and x̂_0, and by Eq. 4 between ε and ε_θ (Eq. 12). Ho et al. got better images when they dropped
+# these weights, which are largest at small t.
 #
 # The code changes Algorithm 1 in two ways. First, it weights the loss by 1/√ᾱ_t. (A weight that depends on t alone does
 # not change the best prediction; it decides at which t an imperfect network errs less.) Why? By section 3,
@@ -379,9 +379,9 @@ class UNet(nn.Module):
 #     ε - ε_θ = √ᾱ_t (v - v_θ)        v_θ is what the last layer predicts
 #
 # So L_simple is ᾱ_t ‖v - v_θ‖²: it hardly counts errors of v at large t, although sampling sets the large shapes there
-# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t; compared with L_simple, it leaves
-# less for small t, where details appear. The code takes a middle way, the factor 1/√ᾱ_t: √ᾱ_t ‖v - v_θ‖² is its loss.
-# README.md compares the three; the middle way gave the best images.
+# (Ho et al., section 4.3). The loss of v itself, ‖v - v_θ‖², is L_simple times 1/ᾱ_t; in it, small t, where details
+# appear, have a smaller share. The code takes a middle way, 1/√ᾱ_t, so √ᾱ_t ‖v - v_θ‖² is its loss. README.md compares
+# the three; the middle way gave the best images.
 #
 # Second, it drops labels. For a tenth of the images, the class is replaced by "no class". The network then learns two
 # predictions, one for a given digit and one for digits in general; section 7 needs both (Ho & Salimans 2022, arXiv
@@ -413,7 +413,7 @@ def ddpm_loss(model, x_0, y, t=None):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # How does one get from x_t back to x_{t-1}? If x_0 were known, Bayes' theorem would tell, since a step of noise looks
-# at nothing but the image before it: q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}). Up to a factor without x_{t-1},
+# at nothing but the image before it, q(x_t | x_{t-1}, x_0) = q(x_t | x_{t-1}):
 #
 #     q(x_{t-1} | x_t, x_0)  ∝  q(x_t | x_{t-1})  q(x_{t-1} | x_0)
 #
@@ -444,11 +444,11 @@ def ddpm_loss(model, x_0, y, t=None):
 # The paper writes the mean in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (Eq. 11). Put Eq. 15 into Eq. 7 to see that
 # it is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
 #
-# Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). β̃_t is right if the data
-# consists of a single image, so that x_0 is known. β_t is right if the data is standard normal, the other extreme. With
-# the linear schedule, they are far apart in the last few steps only: from t = 16 on, β̃_t is above 0.9 β_t. As for z = 0
-# in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a last noise of standard deviation √β_1 = 0.01,
-# about one step between grey values (2/255).
+# Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The right one is β̃_t plus the
+# variance of μ̃_t over all possible x_0. That is β̃_t if the data is a single image, and β_t if it is standard normal,
+# the other extreme. They are far apart in the last few steps only: for t ≥ 16, β̃_t is above 0.9 β_t (linear schedule).
+# As for z = 0 in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a last noise of standard deviation
+# √β_1 = 0.01, about one step between grey values (2/255).
 
 
 def predict_x_0(x_t, eps_hat, alpha_bar):
@@ -504,7 +504,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # This is the method of DDPM, with a smaller network and five later additions: classes and label dropping, the cosine
 # schedule, the scale and shift in each block, v, and the weight of the loss. You may stop here. The rest makes it
 # faster, better and more convenient. With Part One alone, given batches of images x_0 (B, C, H, W) in [-1, 1] with
-# classes y (B,), and a config, these lines train, and then draw images for the last y, which the last x_t holds:
+# classes y (B,), and a config, these lines train, and then draw x_t, an image for each class in the last y:
 #
 #     model = UNet(config)
 #     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
@@ -528,12 +528,12 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # Algorithm 2 calls the network 1000 times. With DDIM (Song et al. 2020, arXiv 2010.02502), a
-# dozen or two are enough. In this section, Eq. 12 and Eq. 16 are theirs.
+# dozen or two calls are enough. In this section, Eq. 12 and Eq. 16 are theirs.
 #
-# Training uses only q(x_t | x_0), and never sees x_t and x_{t-1} together. So any update is allowed
-# whose x_{t-1}, given x_0, has the distribution of Eq. 4 again: the image scaled by √ᾱ_{t-1}, and
-# noise with a total variance of 1-ᾱ_{t-1}. Nor does "t-1" have to be the neighbour of t; it may be
-# any smaller t.
+# Training uses only q(x_t | x_0), and never sees x_t and x_{t-1} together. So x_{t-1} may be
+# computed in any way that gives it, for known x_0, the distribution of Eq. 4 again: the image
+# scaled by √ᾱ_{t-1}, and noise with a total variance of 1-ᾱ_{t-1}. Nor does "t-1" have to be the
+# neighbour of t; it may be any smaller t.
 #
 # DDIM takes x̂_0 and adds noise to it again, but only as much as x_{t-1} has. A part of that noise
 # is fresh, with standard deviation σ_t. The rest is the noise that x_t already has, as predicted:
@@ -543,7 +543,7 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # If x̂_0 and ε_θ were the true x_0 and ε, this would have exactly the distribution of Eq. 4: the
 # two noises are independent, so their variances, 1-ᾱ_{t-1}-σ_t² and σ_t², add up. The estimates
 # stand in for the true values. That this still leads to images rests on section 5's argument if the
-# steps are random, and on the curves below if they are not.
+# steps are random and small, and on the curves below if they are not random.
 #
 # The fresh part is σ_t = η √β̃_t (Eq. 16), with β̃_t of this longer step: that of Eq. 7, where α_t is
 # ᾱ_t / ᾱ_{t-1}. With η = 1 and all T steps, DDIM is Algorithm 2, written in terms of x̂_0 and ε_θ
@@ -556,11 +556,11 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 # Which t's to visit? With the linear schedule, evenly spaced ones would waste steps: in the noisiest
 # third, ᾱ_t is below 0.011, and x̂_0 is a blur that hardly changes. Section 3 rotates (x_0, ε) into
 # (x_t, v), by an angle whose cosine is √ᾱ_t: almost 0° for a clean image, almost 90° for pure noise.
-# The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far: if φ
-# is the angle between two of them, Eq. 12 becomes x_{t-1} = cos φ x_t - sin φ v. (Put in x̂_0 and ε_θ
-# by section 3's right column.) With only 5 steps and guidance (section 7), 2000 digits have an FID of
-# 0.066 (section 12; lower is better), against 0.130 if visited_steps returns 999, 799, 599, 399, 199
-# and -1. (But then a classifier reads more of them right, 99.7 % instead of 99.0 %.)
+# The t's visited are evenly spaced in this angle, so with η = 0 all steps rotate equally far. If φ is
+# the angle from one t to the next, Eq. 12 becomes x_{t-1} = cos φ x_t - sin φ v. (Insert section 3's
+# right column for x̂_0 and ε_θ.) Of 2000 digits drawn in 5 steps of Eq. 12 (evaluate --eta 1e-9), the
+# FID is 0.135 (section 12; lower is better), against 0.294 if visited_steps returns 999, 799, 599,
+# 399, 199 and -1.
 #
 # A step holds x̂_0 fixed, but along the path x̂_0 changes, from a blur to an image. With the x̂_0 of
 # its middle, a step follows the path more closely than with that of its beginning. If x̂_0 goes on
@@ -568,12 +568,12 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 #
 #     x̂_0 + ½ (x̂_0 - x̂_0 of the step before)
 #
-# In Eq. 12 it replaces x̂_0, and the noise that goes with it, by Eq. 4, replaces ε_θ. Only the first
-# step, with none before it, takes x̂_0 as it is. The method is then of second order: if there are many
-# steps, twice as many bring the error to about a quarter, and not only to half. (It is Algorithm 2 of
-# Lu et al. 2022, arXiv 2211.01095, but with 1 in place of r_i, since our steps are equal in angle.)
-# sample_steps, in section 7, does so if η = 0. With fresh noise, x̂_0 changes at random as well, and
-# its last change says less about the next.
+# It replaces x̂_0 in Eq. 12; ε_θ is replaced by the noise that Eq. 4 then implies. Only the first
+# step, with none before it, takes x̂_0 as it is. Without guidance, the method is then of second
+# order: if there are many steps, twice as many bring the error to about a quarter, and not only to
+# half. (It is Algorithm 2 of Lu et al. 2022, arXiv 2211.01095, but with 1 in place of r_i, since
+# our steps are equal in angle.) sample_steps, in section 7, does so if η = 0. With fresh noise, x̂_0
+# changes at random as well, and its last change says less about the next.
 #
 # In the code, the list of the t's visited ends with -1, which stands for the clean image, whose ᾱ
 # is 1. At the last t before it, noise is still easy to see: with 12 steps of the linear schedule,
@@ -583,8 +583,8 @@ def ddpm_sampler(model, x_T, y, alphas_cumprod, randn_like=torch.randn_like):
 def visited_steps(alphas_cumprod, steps):
     """The t's that a sampler visits, as a list: from T-1 (noise) down to -1 (the clean image), evenly spaced in angle.
 
-    alphas_cumprod (T,), float64. For 5 steps of the linear schedule with T = 1000: 999, 477, 320, 200, 95, -1. With so
-    many steps that two would have the same t, it is visited once; so 1000 steps become 678.
+    alphas_cumprod (T,), float64. For 5 steps of the linear schedule with T = 1000: 999, 477, 320, 200, 95, -1. A t
+    that two steps would share is visited once; so 1000 steps become 678.
     """
     angles = alphas_cumprod.sqrt().arccos()  # (T,), from almost 0° to almost 90°, in radians
     wanted = torch.linspace(0, angles[-1].item(), min(steps, len(angles)) + 1, dtype=torch.float64)[1:]
@@ -597,8 +597,8 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
     """DDIM (Song et al. 2020, Eq. 12 and 16; their α is our ᾱ): a generator like ddpm_sampler.
 
     visited lists the t's, falling to -1; eta in [0, 1] scales the fresh noise; ahead is how far x̂_0 is advanced, as a
-    share of a step: 0 for DDIM as published, 0.5 for second order; x_0_hat is yielded as advanced. The other arguments
-    are those of ddpm_sampler. In the comments, t-1 stands for t_prev, the next t visited.
+    share of a step: 0 for DDIM as published, 0.5 for second order; the x_0_hat yielded is the advanced one. The other
+    arguments are those of ddpm_sampler. In the comments, t-1 stands for t_prev, the next t visited.
     """
     alpha_bars = alphas_cumprod.tolist()
     x_t, x_0_before = x_T, None
@@ -611,7 +611,7 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
         change = 0 if x_0_before is None else x_0_now - x_0_before
         x_0_hat = (x_0_now + ahead * change).clamp(-1, 1)
         x_0_before = x_0_now
-        # The noise that goes with this x̂_0, which was clipped and advanced. Eq. 4, solved for ε:
+        # The noise that goes with this clipped and advanced x̂_0, by Eq. 4, solved for ε:
         eps_hat = (x_t - math.sqrt(alpha_bar) * x_0_hat) / math.sqrt(1 - alpha_bar)
         # Eq. 16: σ_t = η √((1-ᾱ_{t-1}) / (1-ᾱ_t) (1 - ᾱ_t/ᾱ_{t-1}))
         sigma = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev))
@@ -636,7 +636,8 @@ def ddim_sampler(model, x_T, y, alphas_cumprod, visited, eta=0.0, randn_like=tor
 # S = 0 is unconditional, S = 1 plain conditional, S > 1 guided. The same formula holds for x̂_0
 # (before clipping): it moves from "a digit" to "a four" and further. Why does that make a four look
 # more like a four? By Eq. 4, the gradient of log q(x_t | x_0) with respect to x_t is -ε / √(1-ᾱ_t).
-# Its mean over all x_0 that are possible given x_t is, by Bayes' theorem, the gradient of log q(x_t):
+# Its mean over q(x_0 | x_t), which is q(x_0) q(x_t | x_0) / q(x_t), is the gradient of log q(x_t),
+# since q ∇ log q = ∇q:
 #
 #     E[∇ log q(x_t | x_0) | x_t] = ∫ q(x_0) ∇q(x_t | x_0) dx_0 / q(x_t) = ∇q(x_t) / q(x_t) = ∇ log q(x_t)
 #
@@ -743,7 +744,7 @@ def sample_steps(model, labels, steps=STEPS, eta=0.0, guidance=GUIDANCE,
 
     labels             (N,) integers, a list or a tensor
     steps              at least 1, at most T; no t is visited twice, so with hundreds there are fewer
-    eta                in [0, 1], scales the fresh noise; 1 with T steps is Algorithm 2, 0 is of second order
+    eta                in [0, 1], scales the fresh noise; 1 with T steps is Algorithm 2; 0 looks half a step ahead
     guidance           S >= 0; 1 turns it off
     guidance_interval  (low, high), the shares of T between which an S above 1 applies
     seeds              N integers, by default 0..N-1
@@ -788,13 +789,13 @@ def sample(model, labels, **options):
 #
 # But in a perfectly clean image the network finds almost no noise, so the image would stay almost
 # noiseless on its way up, far from the pure noise that a sampler expects. The image therefore first
-# gets the noise of the lowest level visited, by Eq. 4, which the steps upwards amplify. It is the only
+# gets, by Eq. 4, noise of the lowest level visited; the steps upwards amplify it. It is the only
 # random part: noise of seed 0 for the first image of a batch, of seed 1 for the second, and so on.
 #
 # Inverting is unguided (S = 1): a written digit was not guided, so there is nothing to undo.
 # Unguided sampling from that noise nearly returns the image. The sample command guides all the
 # same, for clearer digits. Inverting takes more steps than sampling, as it has to guess where each
-# step leads; with as few, more of the digits come out wrong.
+# step leads; with as few as sampling takes, more of the digits come out wrong.
 
 
 @torch.no_grad()
@@ -811,9 +812,9 @@ def invert(model, x_0, labels, steps=50):
     eps = seeded_randn_like(range(len(y)))(x_0)
     x_t = q_sample(x_0, upwards[0], eps, alphas_cumprod)
     for t, t_next in zip(upwards, upwards[1:]):
-        # The step down from t_next calls the network at t_next with x at t_next, which is not known
-        # yet. Here it is called with the known x_t instead. Its noise level is that of t, not of
-        # t_next; half way between them is a compromise. At t, the image comes back less closely.
+        # The step down from t_next calls the network with x at t_next and the index t_next. That x is
+        # not known yet: x_t takes its place, and the index is half way, a compromise. With the index t,
+        # the image comes back less closely.
         eps_hat = model(x_t, (t + t_next) // 2, y)
         # Eq. 15, then Eq. 4: the same image and the same noise, at a higher noise level. Nothing is
         # clipped, since what is cut off would be missing on the way back.
@@ -835,8 +836,9 @@ def invert(model, x_0, labels, steps=50):
 # Training draws those in between more often. Here, t/T is the second smallest of four uniform
 # draws, which has the distribution Beta(2, 3), with its peak at 1/3. This lowered the FID of
 # README.md's small network, unguided, from 0.331 to 0.236 (section 12; lower is better). Weighting
-# the loss by the density of t instead does not help as much (README.md). Esser et al. 2024 (arXiv
-# 2403.03206), for similar models of large images, draw the middle more often, too.
+# the loss by the density of t instead gives the same loss on average, but helps less (README.md).
+# Esser et al. 2024 (arXiv 2403.03206), for similar models of large images, draw the middle more
+# often, too.
 #
 # The optimizers. AdamW scales each entry of a gradient separately. For the weights of convolutions,
 # read as matrices, Muon does better (class Muon): with t still uniform, it lowered the same FID from
@@ -875,8 +877,8 @@ class Muon(torch.optim.Optimizer):
     they tend to grow. The first convolution of a block is followed by a normalization, which cancels the scale of its
     weights; so the larger these are, the less a step changes.
 
-    lr is AdamW's learning rate. A step of Muon is about 10 lr long in most singular directions (ten was found by
-    trial): an orthogonal matrix with n columns has entries of about 1/√n only, and AdamW moves each weight by about lr.
+    lr is AdamW's learning rate. AdamW moves each weight by about lr, but an orthogonal matrix with n columns has entries
+    of about 1/√n only. So a step of Muon is multiplied by 10 lr (ten was found by trial).
     """
 
     @torch.no_grad()
