@@ -877,8 +877,8 @@ class Muon(torch.optim.Optimizer):
     they tend to grow. The first convolution of a block is followed by a normalization, which cancels the scale of its
     weights; so the larger these are, the less a step changes.
 
-    lr is AdamW's learning rate. AdamW moves each weight by about lr, but an orthogonal matrix with n columns has entries
-    of about 1/√n only. So a step of Muon is multiplied by 10 lr (ten was found by trial).
+    lr is AdamW's learning rate. AdamW moves each weight by about lr, but an orthogonal matrix with n columns has
+    entries of about 1/√n only. So a step of Muon is multiplied by 10 lr (ten was found by trial).
     """
 
     @torch.no_grad()
@@ -996,7 +996,7 @@ def explained(message):
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -1026,9 +1026,9 @@ def say(text, stream=None):
 
 @dataclass
 class Dataset:
-    """Where a data set comes from, and the Config of a run on it, without options. Its images are square."""
+    """Where a data set comes from, and the Config of a run on it with no flags. Its images are square."""
 
-    torchvision_name: str  # a class of torchvision.datasets that takes root, train and download
+    torchvision_name: str  # in torchvision.datasets; takes root, train, download; has data, targets
     folder: str  # the subfolder of --data-dir where that class looks for its files
     files: str  # their names, for the error message
     config: Config
@@ -1096,7 +1096,7 @@ def replacing(path):
         if path.is_dir():
             raise ValueError("it is a folder")
         temporary.touch()
-        temporary.unlink()  # a killed command would leave it behind
+        temporary.unlink()  # or a killed command would leave it behind
     try:
         file = io.BytesIO()
         yield file
@@ -1117,7 +1117,7 @@ def save(contents, path):
 
 
 def load(path):
-    """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or something else."""
+    """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or no such file."""
     with explained(f"cannot read {path} as a file of ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         config = contents.get("config")  # a classifier has none
@@ -1171,7 +1171,7 @@ def to_image(x, columns=None):
 def generate_number(model, label, seed=0, **options):
     """One digit, for a notebook: a PIL image.
 
-    model is from load_model; label is the number or name of a class; options are those of sample_steps. Raises
+    model is from load_model; label is the number or name of a class; options are the others of sample_steps. Raises
     UserError (a ValueError) if there is no such class.
     """
     number = class_number(str(label), model.config.classes)
@@ -1444,7 +1444,7 @@ def begin(args, out, rank, processes):
 def train(args):
     """The train command: leaves checkpoint.pt, weights.pt, log.csv and samples_EPOCH.png in a folder.
 
-    args is what make_parser parsed. Returns 130 if it was stopped before the end. Raises UserError.
+    args is what make_parser parsed. Process 0 returns 130 if it was stopped before the end. Raises UserError.
     """
     out = Path(args.out or f"runs/{args.dataset or Config.dataset}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -1483,7 +1483,7 @@ def train(args):
 # ----------------------------------------------------------------------------------------------------------------------
 #
 # How good are the images? Three numbers measure it. Each is blind to something, so none is given
-# alone, and beside each stands its value for as many real test images.
+# alone, and below each stands its value for as many real test images.
 #
 # Label accuracy: how often does a classifier read the digit that was asked for? It sees whether the
 # class came through, not whether the image looks like handwriting: a printed 3 would pass. With
@@ -1597,7 +1597,7 @@ def load_classifier(name, data_dir, device):
 def draw(model, labels, seeds, **options):
     """Samples in batches, and yields the images one by one, each (C, H, W).
 
-    labels and seeds are lists (N); options are those of sample_steps, and an x_T is the same for all images.
+    labels and seeds are lists (N); options are the others of sample_steps, an x_T only as (1, C, H, W).
     """
     for start in range(0, len(labels), BATCH):
         part = slice(start, start + BATCH)
@@ -1616,7 +1616,7 @@ def sampling_options(args):
 
 
 def evaluate(args):
-    """The evaluate command: judges drawn images and as many real ones, and prints a line for each."""
+    """The evaluate command: judges drawn images, in one line, and as many real ones, in a second."""
     model = load_and_say(args)
     name = model.config.dataset
     images, y = load_dataset(name, args.data_dir, train=False)
@@ -1646,7 +1646,7 @@ def evaluate(args):
 # for each group of commands that share flags, headed by their names, and in it a line for each
 # flag, with its name, its kind (an entry of KINDS) and its help. A flag of train that is named like
 # a field of Config sets that field. It has no default of its own, so that None means "not given",
-# as --resume needs to know. The other defaults stand below the table; the help repeats them.
+# as --resume needs to know. Other defaults stand below the table or in the commands; the help tells them all.
 
 
 def load_and_say(args):
@@ -1683,7 +1683,7 @@ def read_hand(model, args):
     number = class_number(args.like_label, model.config.classes)
     x_0 = read_digit(args.like, model.config.image_size)
     if model.config.dataset == "mnist":  # its classifier is in assets/
-        classifier = load_classifier("mnist", None, "cpu")
+        classifier = load_classifier("mnist", args.data_dir, "cpu")
         probabilities, _ = judge(classifier, to_bytes(x_0))
         read = probabilities.argmax().item()
         if read != number:
@@ -1744,7 +1744,7 @@ def shapes_command(args):
     say(f"{'block':<14} {'output shape':<18} {'parameters':>10}")
     for name, block in model.named_modules():
         if name.rpartition(".")[0] in ("", "encoder", "downsample", "decoder", "upsample"):
-            block.register_forward_hook(partial(show, name or "total"))  # in the order of the forward pass
+            block.register_forward_hook(partial(show, name or "total"))  # prints in the order of the pass
     x_t = torch.zeros(1, config.image_channels, config.image_size, config.image_size)
     model(x_t, torch.tensor([0]), torch.tensor([0]))
 
@@ -1761,7 +1761,7 @@ def in_range(convert, low, high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
-    return number  # its name is in argparse's message for what convert refuses
+    return number  # if convert fails, argparse says "invalid number value"
 
 
 KINDS = {
@@ -1771,9 +1771,8 @@ KINDS = {
     "switch": {"action": "store_true"},
     "count": {"type": in_range(int, 1, 10**6)},
     "counts": {"type": in_range(int, 1, 10**6), "nargs": "+"},
-    "timesteps": {"type": in_range(int, 2, 10**5)},  # one step of noise would leave almost a clean image
-    # With fewer images than features (64), their covariance says little; there are 10,000 test
-    # images.
+    "timesteps": {"type": in_range(int, 2, 10**5)},  # one linear step would leave x_T almost clean
+    # The covariance of 64 features needs more than 64 images; there are 10,000 test images.
     "many": {"type": in_range(int, 65, 10000)},
     "seed": {"type": in_range(int, 0, 2**31)},
     "number": {"type": in_range(float, 0, 99)},
@@ -1798,7 +1797,7 @@ class-dropout      share     share of labels to drop; 0 rules out guidance (defa
 ema-decay          share     of the averaged weights, per step (default: {Config.ema_decay})
 out                path      folder of the run (default: runs/DATASET)
 sample-every       count     epochs between sample images (default: 1)
-resume             switch    continue the run in --out, with its own options
+resume             switch    continue the run in --out; only --epochs may change
 compile            switch    use torch.compile, which needs a compiler; the first step then takes longer
 
 sample
@@ -1814,7 +1813,7 @@ count              many      images to draw, and real ones beside them (default:
 
 sample evaluate
 checkpoint         path      a weights.pt (default: the newest in runs/, or assets/mnist.pt)
-steps              count     from noise to image, at most T (default: {STEPS})
+steps              count     from noise to image; more than T count as T (default: {STEPS})
 eta                share     fresh noise; 1 with T steps is Algorithm 2 (default: 0)
 guidance           number    S; 0: no class, 1: no guidance (default: {GUIDANCE})
 guidance-interval  shares    shares of T between which S may be above 1 (default: 0.25 0.45)
