@@ -444,10 +444,10 @@ def ddpm_loss(model, x_0, y, t=None):
 # The paper writes the mean in terms of ε_θ: (x_t - β_t/√(1-ᾱ_t) ε_θ) / √α_t (Eq. 11). Put Eq. 15 into Eq. 7 to see that
 # it is the same. The code uses x̂_0, because it can be clipped to [-1, 1].
 #
-# Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The right one is β̃_t plus the
-# variance of μ̃_t over all possible x_0. That is β̃_t if the data is a single image, and β_t if it is standard normal,
-# the other extreme. They are far apart in the last few steps only: for t ≥ 16, β̃_t is above 0.9 β_t (linear schedule).
-# As for z = 0 in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a last noise of standard deviation
+# Ho et al. tried two variances, β̃_t and β_t, with similar results (their section 3.2). The right variance is β̃_t plus
+# that of μ̃_t over all possible x_0. That is β̃_t if the data is a single image, and β_t if it is standard normal, the
+# other extreme. They are far apart in the last few steps only: for t ≥ 16, β̃_t is above 0.9 β_t (linear schedule). As
+# for z = 0 in the last step: with β̃_1 = 0, it changes nothing. With β_1, it omits a last noise of standard deviation
 # √β_1 = 0.01, about one step between grey values (2/255).
 
 
@@ -674,7 +674,7 @@ def guided(model, scale, interval=GUIDANCE_INTERVAL):
     def predict(x_t, t, y):
         inside = low <= t[0].item() / model.config.timesteps <= high
         S = scale if inside else min(scale, 1)
-        with half_precision(x_t.device):  # below
+        with half_precision(x_t.device):  # bfloat16, if the device has it
             if S == 1:
                 return model(x_t, t, y)
             # Both predictions in one call, which is faster than two.
@@ -1117,7 +1117,7 @@ def save(contents, path):
 
 
 def load(path):
-    """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or no such file."""
+    """Reads what save wrote, onto the CPU. Raises UserError if path is unreadable or save did not write it."""
     with explained(f"cannot read {path} as a file of ddpm.py"):
         contents = torch.load(path, map_location="cpu", weights_only=True)
         config = contents.get("config")  # a classifier has none
@@ -1646,7 +1646,8 @@ def evaluate(args):
 # for each group of commands that share flags, headed by their names, and in it a line for each
 # flag, with its name, its kind (an entry of KINDS) and its help. A flag of train that is named like
 # a field of Config sets that field. It has no default of its own, so that None means "not given",
-# as --resume needs to know. Other defaults stand below the table or in the commands; the help tells them all.
+# as --resume needs to know. Other defaults stand below the table or in the commands; the help tells
+# them all.
 
 
 def load_and_say(args):
